@@ -11,7 +11,7 @@ import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -168,6 +168,7 @@ class Window:
     channels: tuple[str, str, str] = ("", "", "")  # channel codes behind Z, N, E; '' where none
     units: str = "counts"  # unit of 10**log_scale
     native_rate: float = 0.0  # rate of the recording, Hz
+    metadata: dict[str, float] = field(default_factory=dict)  # numbers from the station table, where joined
 
     @property
     def id(self) -> str:
@@ -358,7 +359,7 @@ def segments(
     config: PreprocessingConfig | None = None,  # settings; defaults where None
     lookup: Lookup | None = None,  # (network, station, location, channel, UTC ns) -> epoch or None
 ) -> tuple[list[Segment], list[Reject]]:  # gap-free segments sorted by id and time; what was left out
-    """Cut a stream into gap-free three-component segments, in counts, or in the sensor's units where `lookup` knows them."""
+    """Cut a stream into gap-free segments of three components, in counts, or the sensor's units where `lookup` knows them."""
     config = config or PreprocessingConfig()
     groups: dict[tuple, list] = {}
     rejects = []
@@ -398,7 +399,7 @@ def highpass(
     freq: float,  # corner (-3 dB), Hz; 0 returns x unfiltered
     order: int = 4,  # poles
 ) -> np.ndarray:  # filtered samples, (..., N) float64
-    """Causal Butterworth high-pass that starts at rest on the first sample; `ValueError` outside 0 <= freq < rate / 2."""
+    """Causal Butterworth high-pass that starts at rest on the first sample; `ValueError` for a corner above rate / 2."""
     x = np.asarray(x, dtype=np.float64)
     if not 0 <= freq < rate / 2:
         raise ValueError(f"expected a corner in 0..{rate / 2:g} Hz (half the rate), got {freq!r} Hz: change it")

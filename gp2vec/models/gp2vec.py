@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from .transformer import ContextConfig, ContextEncoder
 
 # %% auto #0
 __all__ = ['PRESETS', 'normalise', 'span_mask', 'pack', 'sample_negatives', 'Answer', 'contrastive', 'code_prediction',
-           'GP2VecConfig', 'Pretext', 'GP2Vec']
+           'settings_from_dict', 'GP2VecConfig', 'Pretext', 'GP2Vec']
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-007
 def normalise(
@@ -96,7 +96,13 @@ class Answer:
     loss: Tensor  # mean over the hidden frames, scalar
     accuracy: Tensor  # share of right answers, scalar
     chance: Tensor  # share of right answers of the best constant guess, scalar
-    perplexity: Tensor  # hard perplexity of the codes that were chosen or predicted, per group, (G,)
+    codes: Tensor  # codes that the quantiser chose (contrastive) or the model said (masked prediction), (M, G)
+    codebook_size: int  # codewords per group, V
+
+    @property
+    def perplexity(self) -> Tensor:  # (G,)
+        "Hard perplexity of the codes, per group."
+        return hard_perplexity(self.codes, self.codebook_size)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-020
 def contrastive(
@@ -129,9 +135,30 @@ def code_prediction(
     said = logits.argmax(-1)
     common = F.one_hot(codes, logits.shape[-1]).float().mean(0).amax(-1).mean()
     loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-    return Answer(loss, (said == codes).float().mean(), common, hard_perplexity(said, logits.shape[-1]))
+    return Answer(loss, (said == codes).float().mean(), common, said, logits.shape[-1])
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-027
+def settings_from_dict(
+    cls: type,  # a dataclass
+    settings: Mapping[str, Any],  # field -> value, nested, as in JSON or YAML
+    path: str,  # where the settings stand, for messages, such as "model"
+) -> Any:  # an instance of `cls`
+    "Build a settings dataclass from plain dictionaries; an unknown name is a ValueError that offers the nearest."
+    types, values = get_type_hints(cls), {}
+    for key, value in settings.items():
+        if key not in types:
+            near = get_close_matches(key, types, 1)
+            raise ValueError(f"{path} has no setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        if is_dataclass(types[key]) and isinstance(value, Mapping):
+            value = settings_from_dict(types[key], value, f"{path}.{key}")
+        elif isinstance(value, list | tuple):
+            item = next(iter(get_args(types[key])), None)
+            named = isinstance(item, type) and hasattr(item, "_fields")
+            value = tuple((item(**v) if isinstance(v, Mapping) else item(*v)) if named else v for v in value)
+        values[key] = value
+    return cls(**values)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-030
 @dataclass(frozen=True)
 class GP2VecConfig:
     "Settings of the model; `GP2VecConfig()` is the base preset."
@@ -170,7 +197,7 @@ class GP2VecConfig:
         settings: Mapping[str, Any],  # field -> value, nested, as in JSON or YAML
     ) -> GP2VecConfig:  # settings
         "Settings from plain dictionaries; an unknown name is a ValueError that offers the nearest."
-        return _from_dict(cls, settings, "model")
+        return settings_from_dict(cls, settings, "model")
 
     @classmethod
     def preset(
@@ -183,32 +210,7 @@ class GP2VecConfig:
             raise ValueError(f"presets are {', '.join(PRESETS)}, not {name!r}")
         return replace(PRESETS[name], **changes)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-029
-_NESTED = {
-    "feature_encoder": EncoderConfig,
-    "quantizer": QuantizerConfig,
-    "context_encoder": ContextConfig,
-    "conditioning": ConditioningConfig,
-}
-
-
-def _from_dict(cls, settings, path):
-    names = [f.name for f in fields(cls)]
-    values = {}
-    for key, value in settings.items():
-        if key not in names:
-            near = get_close_matches(key, names, 1)
-            raise ValueError(f"{path} has no setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-        if key in _NESTED and not is_dataclass(value):
-            value = _from_dict(_NESTED[key], value, f"{path}.{key}")
-        elif key == "conv_layers":
-            value = tuple(ConvLayer(**v) if isinstance(v, Mapping) else ConvLayer(*v) for v in value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[key] = value
-    return cls(**values)
-
-# %% ../../nbs/10_models.gp2vec.ipynb #10-031
+# %% ../../nbs/10_models.gp2vec.ipynb #10-032
 def _light(channels):
     return EncoderConfig(conv_layers=tuple(ConvLayer(channels, kernel, 2) for kernel in (11, 7, 5)))
 
@@ -220,18 +222,18 @@ PRESETS = {
         feature_penalty=0.0,
         feature_encoder=_light(128),
         quantizer=QuantizerConfig("random_projection", num_codebooks=1, codebook_size=512, codevector_dim=16),
-        context_encoder=ContextConfig(num_layers=4, num_heads=6, dropout=0.0),
+        context_encoder=ContextConfig(num_layers=4, num_heads=6, conv_pos=32, dropout=0.0),
     ),
     "small": GP2VecConfig(
         embed_dim=256,
         feature_encoder=_light(256),
-        context_encoder=ContextConfig(num_layers=6, num_heads=8),
+        context_encoder=ContextConfig(num_layers=6, num_heads=8, conv_pos=32),
     ),
     "base": GP2VecConfig(),
     "large": GP2VecConfig(embed_dim=1024, context_encoder=ContextConfig(num_layers=24, num_heads=16)),
 }
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-034
+# %% ../../nbs/10_models.gp2vec.ipynb #10-035
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -242,7 +244,7 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         return ctx.factor * gradient, None
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-036
+# %% ../../nbs/10_models.gp2vec.ipynb #10-037
 @dataclass
 class Pretext:
     "One step of pretraining: the loss and what a run has to watch."
@@ -254,7 +256,7 @@ class Pretext:
     codes: Tensor  # true codes of the hidden frames, (M, G)
     mask: Tensor  # which frames were hidden, (B, T) bool
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-037
+# %% ../../nbs/10_models.gp2vec.ipynb #10-038
 class GP2Vec(
     nn.Module,
     PyTorchModelHubMixin,
@@ -359,5 +361,5 @@ class GP2Vec(
         answers, targets = self.answer_head(context), self.target_head(target.vectors)
         temperature = config.contrastive_temperature
         loss, accuracy = contrastive(answers, targets, target.codes, counts, negatives, temperature)
-        perplexity = hard_perplexity(target.codes, config.quantizer.codebook_size)
-        return Answer(loss, accuracy, loss.new_tensor(1 / (1 + negatives.shape[-1])), perplexity)
+        chance = loss.new_tensor(1 / (1 + negatives.shape[-1]))
+        return Answer(loss, accuracy, chance, target.codes, config.quantizer.codebook_size)
