@@ -1,0 +1,1 @@
+"Hydra configuration of gp2vec: `config.yaml` and its groups data, model, train and experiment."

@@ -29,9 +29,9 @@ import s3fs
 from fsspec.implementations.local import LocalFileSystem
 
 # %% auto #0
-__all__ = ['DAY', 'LAYOUTS', 'MANIFEST_TYPES', 'MANIFEST_COLUMNS', 'parse_time', 'Layout', 'recognise', 'Place', 'Store',
-           'Archive', 'as_manifest', 'write_archive', 'refine_manifest', 'build_manifest', 'write_table', 'read_table',
-           'write_manifest', 'read_manifest']
+__all__ = ['DAY', 'LAYOUTS', 'MANIFEST_COLUMNS', 'parse_time', 'Layout', 'recognise', 'Place', 'Store', 'Archive', 'as_manifest',
+           'write_archive', 'refine_manifest', 'build_manifest', 'write_table', 'read_table', 'write_manifest',
+           'read_manifest']
 
 # %% ../../nbs/01_data.archive.ipynb #01-007
 _logger = logging.getLogger(__name__)
@@ -344,7 +344,8 @@ class Place:
     ):
         self.s3, self.root = _split_url(os.fspath(url))
         self.anon, self.endpoint_url, self.region = anon, endpoint_url, region
-        self._fs, self._pid = None, None
+        self._fs: Any = None
+        self._pid: int | None = None
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -463,12 +464,12 @@ def _prefixes(archive: Archive, networks: list[str], stations: list[str], days: 
         return [archive.prefix or layout.folder]
     if layout.network_first and (not networks or any(map(_wild, networks))):
         networks = [name for name in archive.folders(layout.folder) if _fits(name, networks)]
-    stations = stations if len(stations) <= FEW else []
+    every: list[str | None] = [None]
     found = {
         layout.day_prefix(day, network, station)
         for day in days
-        for network in networks or ([] if layout.network_first else [None])
-        for station in stations or [None]
+        for network in networks or (() if layout.network_first else every)
+        for station in (stations if 0 < len(stations) <= FEW else every)
     }
     # The shorter of two prefixes covers the longer one; what lies beside the archive's own prefix is not wanted.
     found = {
@@ -569,7 +570,7 @@ class Archive(Store):
         self,
         network: str,  # network code
         station: str,  # station code
-    ) -> list[bytes]:  # StationXML documents, possibly several per station; empty where the archive keeps none
+    ) -> Sequence[bytes]:  # StationXML documents, possibly several per station; empty where the archive keeps none
         "The station metadata that lies beside the waveforms, from the best of the layout's stores that has some."
         for store in self.layout.stores:
             stem = store.format(network=network, station=station)
@@ -579,7 +580,7 @@ class Archive(Store):
         return []
 
 # %% ../../nbs/01_data.archive.ipynb #01-033
-MANIFEST_TYPES = {
+_MANIFEST_TYPES = {
     "url": "string",
     "key": "string",
     "layout": "string",
@@ -594,7 +595,7 @@ MANIFEST_TYPES = {
     "etag": "string",  # missing in a folder
     "version": "Int64",  # `#2` of the key; missing where it has none
 }
-MANIFEST_COLUMNS = list(MANIFEST_TYPES)
+MANIFEST_COLUMNS = list(_MANIFEST_TYPES)
 
 
 def as_manifest(
@@ -605,7 +606,7 @@ def as_manifest(
     missing = [name for name in MANIFEST_COLUMNS if name not in table]
     if missing:
         raise ValueError(f"expected a manifest with the columns {', '.join(MANIFEST_COLUMNS)}, got none of {missing}")
-    table = table[MANIFEST_COLUMNS].astype(MANIFEST_TYPES)
+    table = table[MANIFEST_COLUMNS].astype(_MANIFEST_TYPES)
     by = ["starttime", "network", "station", "location", "channel", "key"]
     return table.sort_values(by, kind="stable").reset_index(drop=True)
 
@@ -689,14 +690,17 @@ def write_archive(
 ) -> Archive:  # the archive, ready to list
     "File records as a data centre does: miniSEED objects cut at midnight UTC, and StationXML per station."
     archive = Archive(url, layout, anon=bool(anon), endpoint_url=endpoint_url)
-    layout, objects = archive.layout, {}
+    layout = archive.layout
+    objects: dict[str, list[bytes]] = {}
     for trace in stream.split():
         for day, part in _day_parts(trace):
-            codes = [part.stats[name] for name in ("network", "station", "location", "channel")]
-            objects.setdefault(layout.key(*codes, day), []).append(_pack(part))
+            stats = part.stats
+            key = layout.key(stats.network, stats.station, stats.location, stats.channel, day)
+            objects.setdefault(key, []).append(_pack(part))
     for key, records in objects.items():
         archive.write(key, b"".join(records))
-    stations = {(n.code, s.code) for n in inventory or () for s in n} if layout.stores else set()
+    inventory = inventory if inventory is not None and layout.stores else obspy.Inventory()
+    stations = {(network.code, station.code) for network in inventory for station in network}
     for network, station in sorted(stations):
         buffer = io.BytesIO()
         inventory.select(network=network, station=station, keep_empty=True).write(buffer, format="STATIONXML")

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['logger', 'METADATA_KEYS', 'FORMAT', 'VERSION', 'window_metadata', 'sample_key', 'Shard', 'ShardIndex', 'read_index',
            'write_shards', 'OpenShard', 'verify_shards', 'epoch_order', 'to_sample', 'ShardDataset', 'StationDay',
-           'Outcome', 'station_days', 'process_station_day', 'run_station_days', 'SeismicDataPipeline']
+           'Outcome', 'station_days', 'process_station_day', 'run_station_days', 'SeismicDataPipeline', 'hold_out',
+           'write_split']
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-009
 logger = logging.getLogger(__name__)
@@ -343,8 +344,8 @@ class OpenShard:
         digest = hashlib.sha256(self._data).hexdigest()
         if len(self._data) != shard.bytes or digest != shard.sha256:
             raise ValueError(
-                f"expected {shard.bytes} bytes with SHA-256 {shard.sha256[:12]}…, got {len(self._data)} with {digest[:12]}… "
-                f"in {self.name}: restore the shard or write it again"
+                f"expected {shard.bytes} bytes with SHA-256 {shard.sha256[:12]}…, got {len(self._data)} with "
+                f"{digest[:12]}… in {self.name}: restore the shard or write it again"
             )
         self._members = _walk(self._data, self.name)
         self._layouts: dict[bytes, tuple[np.dtype, tuple]] = {}
@@ -471,7 +472,8 @@ class ShardDataset(IterableDataset):
         return self.__dict__ | {"rank": rank, "world_size": world_size}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.store.url('')!r}, {self.index.count} windows in {len(self.index.shards)} shards)"
+        what = f"{self.index.count} windows in {len(self.index.shards)} shards"
+        return f"{type(self).__name__}({self.store.url('')!r}, {what})"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         order = epoch_order([s.count for s in self.index.shards], self.shuffle, self.seed, self.epoch, self.mix)
@@ -556,6 +558,19 @@ def _read_objects(
     return found
 
 
+def _thin(out: Outcome, config: PreprocessingConfig) -> None:
+    """Keep `max_windows` windows, evenly spread, and enter the others as rejects."""
+    count, most = len(out.windows), config.max_windows
+    if not most or count <= most:
+        return
+    kept = {i * count // most for i in range(most)}
+    for i, w in enumerate(out.windows):
+        if i not in kept:
+            codes = (w.network, w.station, w.location, w.band)
+            out.rejects.append(Reject("surplus", *codes, w.starttime, config.window_length))
+    out.windows = [w for i, w in enumerate(out.windows) if i in kept]
+
+
 def _in_segments(trace, parts: list) -> bool:
     """Whether samples of a trace came into one of the segments."""
     stats = trace.stats
@@ -595,6 +610,7 @@ def process_station_day(
         logger.exception("%s.%s: quarantined", unit.network, unit.station)
         reason = f"{type(error).__name__}: {error}"
         return Outcome(quarantined=out.quarantined | {key: reason for key, _ in found}, skipped=out.skipped)
+    _thin(out, config)
     for key, traces in found:
         if any(_in_segments(t, parts) for t in traces):
             out.used.append(key)
@@ -808,3 +824,45 @@ def _create(pipeline, shard_size, url, workers, part, overwrite, progress, datas
         pipeline.report = found.report
         logger.info("%s: reused, nothing has changed", store.url(""))
     return ShardDataset(url, **({"endpoint_url": place["endpoint_url"], "part": part} | dataset))
+
+# %% ../../nbs/05_data.datapipes.ipynb #05-057
+def hold_out(
+    manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
+    share: float = 0.1,  # of the stations to hold out, at least one
+    seed: int = 0,  # of the choice
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # manifests of the stations to learn from and of those held out
+    """Deal the stations of a manifest into two; fewer than two stations, or a share outside 0..1, is a ValueError."""
+    station = manifest["network"] + "." + manifest["station"]
+    names = sorted(set(station))
+    if len(names) < 2 or not 0 < share < 1:
+        raise ValueError(
+            f"expected two stations or more and a share between 0 and 1, got {names} and {share}: list more stations"
+        )
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    chosen = station.isin(np.random.default_rng(seed).permutation(np.array(names, dtype=object))[:count]).to_numpy()
+    return manifest[~chosen].reset_index(drop=True), manifest[chosen].reset_index(drop=True)
+
+
+def write_split(
+    manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
+    metadata_manager: StationMetadataManager | None,  # station table
+    url: str | os.PathLike,  # folder; gets `train` and `val`
+    config: PreprocessingConfig | None = None,  # settings; defaults where None
+    share: float = 0.1,  # of the stations to hold out
+    seed: int = 0,  # of the choice of stations and of the shuffling
+    shard_size: int = 10000,  # windows per shard
+    workers: int = 1,  # processes
+    anon: bool = True,  # read S3 without credentials
+    progress: bool = True,  # a progress bar, where there is a terminal
+) -> tuple[ShardDataset, ShardDataset, dict[str, dict]]:  # to learn from; held out; the pipelines' reports by name
+    """Write, or reuse, shards of two disjoint sets of stations."""
+    datasets, reports = [], {}
+    for name, part in zip(("train", "val"), hold_out(manifest, share, seed), strict=True):
+        pipeline = SeismicDataPipeline(part, metadata_manager, config=config or PreprocessingConfig(), anon=anon)
+        options = {"shuffle": name == "train", "seed": seed}
+        dataset = pipeline.create_webdataset(
+            shard_size, f"{os.fspath(url)}/{name}", workers, progress=progress, **options
+        )
+        datasets.append(dataset)
+        reports[name] = pipeline.report
+    return datasets[0], datasets[1], reports

@@ -22,7 +22,7 @@ from obspy.core.inventory import Channel, Inventory, PolynomialResponseStage, Re
 from .archive import Archive, parse_time, read_table, write_table
 
 # %% auto #0
-__all__ = ['RESPONSE_FREQUENCIES', 'RESPONSE_TOLERANCE', 'MOTION_UNITS', 'UNIT_NAMES', 'OPEN', 'STATION_TYPES', 'STATION_COLUMNS',
+__all__ = ['RESPONSE_FREQUENCIES', 'RESPONSE_TOLERANCE', 'MOTION_UNITS', 'OPEN', 'STATION_TYPES', 'STATION_COLUMNS',
            'ResponseCurve', 'response_curve', 'as_station_table', 'station_table', 'StationTable',
            'StationMetadataManager']
 
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 RESPONSE_FREQUENCIES = np.geomspace(0.01, 50.0, 32)  # Hz
 RESPONSE_TOLERANCE = 0.05  # how far |H| may lie from the stated sensitivity at its frequency
 MOTION_UNITS = {"M": "DISP", "M/S": "VEL", "M/S**2": "ACC"}  # input unit → name of the output in evalresp
-UNIT_NAMES = {"M/SEC": "M/S", "M/S/S": "M/S**2", "M/(S**2)": "M/S**2", "M/SEC**2": "M/S**2", "M/S^2": "M/S**2"}
+_UNIT_NAMES = {"M/SEC": "M/S", "M/S/S": "M/S**2", "M/(S**2)": "M/S**2", "M/SEC**2": "M/S**2", "M/S^2": "M/S**2"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _units(response: Response | None) -> str:
     if not unit and response and response.response_stages:
         unit = response.response_stages[0].input_units or ""
     unit = str(unit).upper().replace(" ", "")
-    return UNIT_NAMES.get(unit, unit)
+    return _UNIT_NAMES.get(unit, unit)
 
 
 def _sensitivity(response: Response | None) -> tuple[float, float]:
@@ -66,9 +66,9 @@ def _sensitivity(response: Response | None) -> tuple[float, float]:
 
 def _structure(response: Response | None) -> str:
     "What is wrong with a response before it is evaluated; empty when nothing is."
-    stages = response.response_stages if response else []
-    if not stages:
+    if response is None or not response.response_stages:
         return "polynomial" if response and response.instrument_polynomial else "empty"
+    stages = response.response_stages
     if response.instrument_polynomial or any(isinstance(s, PolynomialResponseStage) for s in stages):
         return "polynomial"
     numbers = sorted(stage.stage_sequence_number for stage in stages)

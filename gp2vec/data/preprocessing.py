@@ -39,6 +39,7 @@ class PreprocessingConfig:
     min_native_rate: float = 20.0  # slower recordings are rejected, Hz
     max_flat: float = 0.1  # longest constant run of a living component, share of a window
     max_clipped: float = 0.01  # samples at the window's extreme value, share of a window
+    max_windows: int = 0  # windows kept of one station and day, evenly spread; 0: all
 
     def __post_init__(self):
         nyquist = min(self.sampling_rate, self.min_native_rate) / 2
@@ -51,6 +52,7 @@ class PreprocessingConfig:
             ("highpass_order", self.highpass_order in (2, 3, 4), "2, 3 or 4"),
             ("max_flat", 0 < self.max_flat <= 1, "in (0, 1]"),
             ("max_clipped", 0 < self.max_clipped <= 1, "in (0, 1]"),
+            ("max_windows", self.max_windows >= 0, "0 or more"),
         ]:
             if not good:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}: change it")
@@ -198,6 +200,7 @@ REASONS = {
     "component": "not a seismometer's Z, N, E, 1, 2 or 3, or a second channel of the same direction",
     "rate": "recorded too slowly, or at a rate that cannot be turned into the window's",
     "encoding": "text or other samples that are not numbers",
+    "surplus": "a good window beyond `max_windows`",
 }
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-019
@@ -359,7 +362,7 @@ def segments(
     config: PreprocessingConfig | None = None,  # settings; defaults where None
     lookup: Lookup | None = None,  # (network, station, location, channel, UTC ns) -> epoch or None
 ) -> tuple[list[Segment], list[Reject]]:  # gap-free segments sorted by id and time; what was left out
-    """Cut a stream into gap-free segments of three components, in counts, or the sensor's units where `lookup` knows them."""
+    """Cut a stream into gap-free segments, in counts, or in the sensor's units where `lookup` knows the gains."""
     config = config or PreprocessingConfig()
     groups: dict[tuple, list] = {}
     rejects = []
@@ -399,7 +402,7 @@ def highpass(
     freq: float,  # corner (-3 dB), Hz; 0 returns x unfiltered
     order: int = 4,  # poles
 ) -> np.ndarray:  # filtered samples, (..., N) float64
-    """Causal Butterworth high-pass that starts at rest on the first sample; `ValueError` for a corner above rate / 2."""
+    """Causal Butterworth high-pass that starts at rest on the first sample; `ValueError` from rate / 2 on."""
     x = np.asarray(x, dtype=np.float64)
     if not 0 <= freq < rate / 2:
         raise ValueError(f"expected a corner in 0..{rate / 2:g} Hz (half the rate), got {freq!r} Hz: change it")
