@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -343,7 +343,7 @@ def evaluate(
     data
         Folder of labelled windows: waveforms.npy and labels.parquet.
     task
-        phase (P against S), event (against noise) or magnitude.
+        phase (P against S), event (against noise), tremor (against normal) or magnitude.
     output
         Folder for the table (CSV, Markdown) and the figure.
     layer
@@ -352,10 +352,13 @@ def evaluate(
         Of the control and of the split.
     """
     from gp2vec.models.gp2vec import GP2Vec
+    from gp2vec.train.evaluate_downstream import TASKS
     from gp2vec.train.evaluate_downstream import evaluate as probe
     from gp2vec.train.evaluate_downstream import write_results
     from gp2vec.train.probes import LabelledWindows
 
+    if task not in TASKS:
+        raise ValueError(f"--task is one of {', '.join(TASKS)}, not {task!r}")
     table = probe(GP2Vec.from_pretrained(model), LabelledWindows.read(data), task, layer, seed)
     write_results(table, output, task)
     console.print(table.round(3).to_string(index=False))
@@ -441,7 +444,9 @@ def _launch(
     logging.getLogger("pytorch_lightning").setLevel(max(level, logging.WARNING))
     console.quiet = quiet
     try:
-        return app(tokens, exit_on_error=False, print_error=True) or 0
+        return app(tokens, exit_on_error=False, print_error=True, result_action="return_value") or 0
+    except CycloptsError:  # has been printed already
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"gp2vec: {error}", file=sys.stderr)
         return 2
@@ -452,4 +457,4 @@ def main(
 ) -> int:  # exit status: 0 all went well, 1 a run that may not be believed, 2 wrong input
     "The `gp2vec` command."
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return app.meta(list(arguments) if arguments is not None else None, result_action="return_value")
+    return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0

@@ -72,7 +72,7 @@ class Embeddings:
         frame = read_table(path)
         if "embedding" not in frame:
             raise ValueError(
-                f"expected a file written by Embeddings.write, got columns {', '.join(frame)}: give another"
+                f"expected a file written by Embeddings.write, got columns {', '.join(map(str, frame))}: give another"
             )
         vectors = np.stack([np.asarray(x, dtype=np.float32) for x in frame.pop("embedding")])
         rejects = frame.attrs.pop("rejects", {})
@@ -176,7 +176,10 @@ def embed(
             f"expected an ObsPy Stream, got {type(stream).__name__}: read it with obspy.read or read_miniseed"
         )
     stream, lookup = Stream([stream]) if isinstance(stream, Trace) else stream, getattr(lookup, "lookup", lookup)
-    vectors, rows, lost, made, training = [], [], [], 0, model.training
+    vectors: list[np.ndarray] = []
+    rows: list[dict[str, Any]] = []
+    lost: list[Reject] = []
+    made, training = 0, model.training
     model.eval()
     try:
         with torch.inference_mode():

@@ -34,7 +34,8 @@ def notebooks() -> list[Path]:
 def execute(path: Path):
     "Run one notebook in its folder and write it back with its outputs."
     path = path.resolve()
-    nb, shell, start = read_nb(path), CaptureShell(path), time.perf_counter()
+    nb, start = read_nb(path), time.perf_counter()
+    shell = CaptureShell(path, mpl_format="png")  # the default, retina, makes notebooks several times as large
     os.chdir(path.parent)
 
     def skip(cell) -> bool:

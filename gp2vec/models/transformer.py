@@ -54,7 +54,7 @@ class PositionalConv(nn.Module):
         super().__init__()
         conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=groups)
         nn.init.normal_(conv.weight, std=2 / (kernel_size * dim) ** 0.5)
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(conv.get_parameter("bias"))
         self.conv = weight_norm(conv, dim=2)
 
     def forward(

@@ -109,7 +109,7 @@ def split_names(
 def out_of_fold_predictions(
     features: np.ndarray,  # (n, F); F = 0 predicts the mean
     target: np.ndarray,  # numbers to tell, (n,)
-    folds: Sequence[tuple[np.ndarray, np.ndarray]],  # from `crossed_folds`
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],  # row numbers (train,), (test,), from `crossed_folds`
 ) -> np.ndarray:  # predictions of windows by a probe that saw neither their event nor their station, (n,)
     "Train on each fold's training rows, predict its test rows."
     predictions = np.full(len(target), np.nan)
@@ -169,8 +169,10 @@ def compare_regressions(
 
 # %% ../../nbs/14_train.evaluate_downstream.ipynb #14-022
 CONTROL = "random initialisation"
-RESULT_COLUMNS = ("task", "arm", "metric", "value", "low", "high", "gain", "gain_low", "gain_high")
-RESULT_COLUMNS += ("windows", "events", "stations", "split")  # what the answer rests on, and what the split kept apart
+RESULT_COLUMNS = (
+    *("task", "arm", "metric", "value", "low", "high", "gain", "gain_low", "gain_high"),
+    *("windows", "events", "stations", "split"),  # what the answer rests on, and what the split kept apart
+)
 
 
 def feature_arms(
@@ -201,7 +203,7 @@ def evaluate(
     seed: int = 0,  # of the control, the split and the resampling
     resamples: int = 300,  # bootstrap draws of events
 ) -> pd.DataFrame:  # a row per arm and metric, columns `RESULT_COLUMNS`
-    "Ask one question of the model, its untrained twin and handcrafted features; gains over the twin above 0 are better."
+    "Ask one question of the model, its untrained twin and handcrafted features; a gain over the twin is above 0."
     if isinstance(task, str) and task not in TASKS:
         raise ValueError(f"tasks are {', '.join(TASKS)}, not {task!r}: name one of them or give a Task")
     task = TASKS[task] if isinstance(task, str) else task
@@ -237,8 +239,8 @@ def plot_results(
         axis.plot(rows[value], place, "o", color="k", ms=5)
         axis.grid(axis="x", color="0.9")
     if metric == "AUC":
-        left.axvline(0.5, color="0.6", ls="--", lw=1)
-    right.axvline(0, color="0.6", ls="--", lw=1)
+        left.axvline(0.5, color="0.6", ls="--", lw=1, zorder=1.9)
+    right.axvline(0, color="0.6", ls="--", lw=1, zorder=1.9)
     task = rows.task.iloc[0] + (" (its units)" if metric == "MAE" else "")
     left.set(yticks=place, yticklabels=rows.arm, ylim=(-0.6, len(rows) - 0.4))
     left.set_xlabel(f"{metric} of {task}\n95 % interval over events")

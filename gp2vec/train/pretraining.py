@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -305,10 +306,15 @@ def export_checkpoint(
     folder: str | os.PathLike,  # made where it is absent
 ) -> GP2Vec:  # the model, in evaluation mode
     "Write `model.safetensors` and `config.json` that `GP2Vec.from_pretrained` reads."
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if "hyper_parameters" not in saved or "model" not in saved["hyper_parameters"]:
-        raise ValueError(f"{Path(checkpoint).name} is not a checkpoint of gp2vec pretraining: it holds {sorted(saved)}")
-    model = GP2Vec(GP2VecConfig.from_dict(saved["hyper_parameters"]["model"]))
+    refusal = f"{checkpoint} is not a checkpoint of gp2vec pretraining: give a last.ckpt of a run"
+    if not zipfile.is_zipfile(checkpoint):
+        raise ValueError(refusal)
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings = saved["hyper_parameters"]["model"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{refusal} ({type(error).__name__})") from error
+    model = GP2Vec(GP2VecConfig.from_dict(settings))
     prefix = "model."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)})
     model.eval().save_pretrained(folder)
