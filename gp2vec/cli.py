@@ -45,10 +45,10 @@ def demo(
     end: Time = "",
     max_stations: int = 12,
     max_hours: float = 2.0,
-    steps: int = 150,
+    steps: int = 500,
     seed: int = 0,
     fresh: bool = False,
-) -> int:
+) -> int:  # exit status, 1 where the run may not be believed
     """Go the whole way, small: archive, shards, pretraining, probe, report.
 
     Parameters
@@ -188,13 +188,7 @@ def metadata(
     from gp2vec.data.archive import Archive, read_manifest
     from gp2vec.data.metadata import StationMetadataManager
 
-    given = [
-        name for name, value in (("--client", client), ("--archive", archive), ("--inventory", inventory)) if value
-    ]
-    if len(given) != 1:
-        raise ValueError(
-            f"metadata takes one of --client, --archive and --inventory, and got {' and '.join(given) or 'none'}"
-        )
+    _only_one(client=client, archive=archive, inventory=inventory)
     codes = _codes(networks), _codes(stations), _codes(channels)
     if client:
         manager = StationMetadataManager.from_fdsn(client, *codes, start or None, end or None)
@@ -208,7 +202,14 @@ def metadata(
     missing = f", none found for {', '.join(manager.missing)}" if manager.missing else ""
     console.print(f"{output}: {len(manager)} channel epochs{missing}")
 
-# %% ../nbs/17_cli.ipynb #17-015
+# %% ../nbs/17_cli.ipynb #17-014
+def _only_one(**options) -> None:
+    given = [f"--{name}" for name, value in options.items() if value]
+    if len(given) != 1:
+        known = ", ".join(f"--{name}" for name in options)
+        raise ValueError(f"one of {known} is needed, and there is {' and '.join(given) or 'none'}")
+
+# %% ../nbs/17_cli.ipynb #17-016
 @app.command
 def shards(
     manifest: str,
@@ -275,7 +276,7 @@ def shards(
             f"{output}/{name}: {report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
         )
 
-# %% ../nbs/17_cli.ipynb #17-017
+# %% ../nbs/17_cli.ipynb #17-018
 def _part(text: str) -> tuple[int, int] | None:
     "`i/n` as numbers."
     if not text:
@@ -285,11 +286,11 @@ def _part(text: str) -> tuple[int, int] | None:
         raise ValueError(f"--shard takes i/n with i from 0 to n - 1, such as 0/10, not {text!r}")
     return int(i), int(n)
 
-# %% ../nbs/17_cli.ipynb #17-020
+# %% ../nbs/17_cli.ipynb #17-021
 @app.command
 def pretrain(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True)],
-) -> int:
+) -> int:  # exit status
     """Pretrain from a configuration; the same as `python -m gp2vec.train.train`.
 
     Parameters
@@ -322,7 +323,7 @@ def export(
     model = export_checkpoint(checkpoint, folder)
     console.print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
-# %% ../nbs/17_cli.ipynb #17-022
+# %% ../nbs/17_cli.ipynb #17-023
 @app.command
 def evaluate(
     model: str,
@@ -399,7 +400,7 @@ def embed(
         f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations, rejected {embeddings.rejects}"
     )
 
-# %% ../nbs/17_cli.ipynb #17-023
+# %% ../nbs/17_cli.ipynb #17-024
 def _stream(files: Sequence[str]):
     "All traces of miniSEED files, or of the objects of a manifest."
     from obspy import Stream
@@ -418,7 +419,7 @@ def _stream(files: Sequence[str]):
             stream += read_miniseed(Path(name).read_bytes())
     return stream
 
-# %% ../nbs/17_cli.ipynb #17-025
+# %% ../nbs/17_cli.ipynb #17-026
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -435,13 +436,9 @@ def _launch(
         Say nothing but errors.
     """
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(
-        level=level,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-        force=True,
-    )
-    logging.getLogger("pytorch_lightning").setLevel(max(level, logging.WARNING))
+    # The level is the handler's: libraries that are imported later set that of their loggers themselves.
+    handler = RichHandler(level, Console(stderr=True), show_path=False)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     console.quiet = quiet
     try:
         return app(tokens, exit_on_error=False, print_error=True, result_action="return_value") or 0
@@ -458,3 +455,8 @@ def main(
     "The `gp2vec` command."
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
+
+# %% ../nbs/17_cli.ipynb #17-027
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .data.preprocessing import PreprocessingConfig
 from .models.gp2vec import GP2Vec, GP2VecConfig, settings_to_dict, span_mask
 from .models.quantizer import hard_perplexity
 from gp2vec.train.pretraining import (
+    MIN_PERPLEXITY,
     OnlineProbe,
     OptimizerConfig,
     SchedulerConfig,
@@ -50,7 +51,7 @@ from .train.train import DataConfig, Prepared, embedded_labels, prepare, pretrai
 
 # %% auto #0
 __all__ = ['DemoConfig', 'count_windows', 'plot_masking', 'plot_curves', 'plot_codes', 'plot_embeddings', 'plot_probe',
-           'plot_windows', 'write_report', 'learn', 'judge', 'draw', 'run_demo']
+           'plot_windows', 'write_report', 'learn', 'judge', 'examples', 'draw', 'run_demo']
 
 # %% ../nbs/16_demo.ipynb #16-006
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class DemoConfig:
     end: str = ""  # UTC
     max_stations: int = 12  # of another archive
     max_hours: float = 2.0  # of another archive, per station and day
-    steps: int = 150  # of the optimiser
-    batch_size: int = 16  # windows per step
+    steps: int = 500  # of the optimiser
+    batch_size: int = 4  # windows per step
     seed: int = 0  # of everything that is random
 
     @property
@@ -85,8 +86,8 @@ class DemoConfig:
     def train(self) -> TrainConfig:
         "How to learn."
         return TrainConfig(
-            max_steps=self.steps, max_epochs=100_000, seed=self.seed, log_every=max(1, min(5, self.steps // 3)), checkpoint_every=50, probe_every=50,
-            optimizer=OptimizerConfig(lr=1e-3), lr_scheduler=SchedulerConfig(warmup_steps=20),
+            max_steps=self.steps, max_epochs=100_000, seed=self.seed, log_every=max(1, min(5, self.steps // 3)), checkpoint_every=100, probe_every=250,
+            optimizer=OptimizerConfig(lr=1e-3), lr_scheduler=SchedulerConfig(warmup_steps=50),
         )  # fmt: skip
 
 # %% ../nbs/16_demo.ipynb #16-009
@@ -155,25 +156,26 @@ def plot_curves(
     "How the run went."
     figure = _figure(2.6)
     axes = figure.subplots(1, 4)
-    train = metrics.dropna(subset="train_loss")
-    axes[0].plot(train.step, train.train_answer_loss, "k")
-    axes[0].set(ylabel="loss at hidden frames (nats)")
-    axes[1].plot(train.step, 100 * train.train_accuracy, "k", label="model")
-    axes[1].plot(train.step, 100 * train.train_chance, "C7--", label="best constant guess")
-    axes[1].set(ylabel="accuracy at hidden frames (%)")
-    axes[1].legend(fontsize=8)
-    axes[2].plot(train.step, train.train_perplexity, "k")
-    axes[2].axhline(5, color="C3", ls="--", label="collapse")
-    axes[2].set(ylabel="perplexity of the codes", ylim=(0, None))
-    axes[2].legend(fontsize=8)
-    if "probe_auc" in metrics:
-        probe = metrics.dropna(subset="probe_auc")
-        axes[3].plot(probe.step, probe.probe_auc, "C0o-")
-        axes[3].axhline(probe.probe_auc.iloc[0], color="C7", ls="--", label="before training")
-        axes[3].legend(fontsize=8)
+    train = metrics.dropna(subset="train_loss").set_index("step")
+    smooth = train.rolling(max(1, len(train) // 10), min_periods=1).mean()
+    for ax, name, scale, label in (
+        (axes[0], "answer_loss", 1, "loss at hidden frames (nats)"),
+        (axes[1], "accuracy", 100, "accuracy at hidden frames (%)"),
+        (axes[2], "perplexity", 1, "perplexity of the codes"),
+    ):
+        ax.plot(scale * train[f"train_{name}"], color="0.8", lw=0.7)
+        ax.plot(scale * smooth[f"train_{name}"], "k", label="model, smoothed")
+        ax.set(ylabel=label)
+    axes[1].plot(100 * smooth.train_chance, "C7--", label="best constant guess")
+    axes[2].axhline(MIN_PERPLEXITY, color="C3", ls="--", label="collapse")
+    probe = metrics.dropna(subset="probe_auc")
+    axes[3].plot(probe.step, probe.probe_auc, "C0o-")
+    axes[3].axhline(probe.probe_auc.iloc[0], color="C7", ls="--", label="before training")
     axes[3].set(ylabel="probe: AUC of P against S")
     for ax in axes:
         ax.set(xlabel="step")
+    for ax in axes[1:]:
+        ax.legend(fontsize=7)
     return figure
 
 # %% ../nbs/16_demo.ipynb #16-014
@@ -189,8 +191,7 @@ def plot_codes(
         share = np.sort(np.bincount(codes[:, 0], minlength=codebook_size))[::-1] / len(codes)
         perplexity = hard_perplexity(torch.from_numpy(codes), codebook_size)[0]
         ax.step(np.arange(1, codebook_size + 1), 100 * share, color=color, label=f"{name}, perplexity {perplexity:.0f}")
-    ax.set(xlabel="codeword, most frequent first", ylabel="share of frames (%)", xscale="log", yscale="symlog")
-    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set(xlabel="codeword, most frequent first", ylabel="share of frames (%)", xscale="log", ylim=(0, None))
     ax.legend()
     return figure
 
@@ -306,7 +307,9 @@ class _Clock:
     @contextmanager
     def __call__(self, name: str):
         begin = time.perf_counter()
-        yield
+        # Shards and pretraining have bars of their own.
+        with nullcontext() if name in ("shards", "pretraining") else self.console.status(name):
+            yield
         seconds = time.perf_counter() - begin
         self.stages.append({"step": name, "seconds": seconds})
         self.console.print(f"  {name:<12} {seconds:6.1f} s")
@@ -345,8 +348,8 @@ def learn(
     model = GP2VecConfig.preset("tiny")
     windows = WindowData(prepared.train, prepared.val, config.batch_size)
     probe = OnlineProbe(labels, every=config.train.probe_every, layer=config.train.probe_layer)
-    options = {"accelerator": "cpu", "precision": "bf16-mixed", "progress": progress}
-    metrics = pretrain(model, config.train, windows, config.output, None, [probe], **options)[1]
+    options = {"accelerator": "cpu", "precision": "bf16-mixed"}
+    metrics = pretrain(model, config.train, windows, config.output, None, [probe], progress, **options)[1]
     folder = Path(config.output)
     return export_checkpoint(folder / "checkpoints" / "last.ckpt", folder / "model"), metrics
 
@@ -366,6 +369,19 @@ def judge(
     return compare_arms(arms, (labels.table.label == "S").to_numpy(), labels.table, "untrained gp2vec", seed)
 
 # %% ../nbs/16_demo.ipynb #16-024
+def examples(
+    prepared: Prepared,  # shards
+    most: int = 3,  # windows of each kind
+) -> list[dict[str, Any]]:  # samples, real ones first
+    "A window of some real and of some synthetic stations."
+    found: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+    for sample in (s for part in (prepared.train, prepared.val) for s in part):
+        kind = found[sample["id"].startswith("XX.")]
+        if len(kind) < most:
+            kind.setdefault(sample["id"], sample)
+    return [*found[False].values(), *found[True].values()]
+
+
 def draw(
     folder: str | os.PathLike,  # of the demo
     model: GP2Vec,  # trained model
@@ -378,11 +394,10 @@ def draw(
     figures.mkdir(exist_ok=True)
     held_out = list(prepared.val)
     chosen = sorted(held_out, key=lambda s: -float(s["waveform"].abs().max()))  # the spikiest: likely earthquakes
-    quiet = {s["id"]: s for s in reversed(chosen)}
     x = torch.stack([s["waveform"] for s in held_out[:64]])
     with torch.inference_mode():
         step = model.eval()(x, component_mask=torch.stack([s["component_mask"] for s in held_out[:64]]))
-    some = list(quiet.values())[:6]
+    some = examples(prepared)
     features = frozen_features(model, labels.waveforms, 0)
     made = {
         "windows": plot_windows([s["waveform"].numpy() for s in some], [s["id"] for s in some]),
@@ -414,13 +429,18 @@ def run_demo(
     with clock("pretraining"):
         model, metrics = learn(config, prepared, labels.only("P", "S"), progress)
     with clock("probe"):
-        probe = judge(model, labels.only("P", "S"), config.seed)
+        if not (folder / "probe.csv").exists():
+            judge(model, labels.only("P", "S"), config.seed, config.train.probe_layer).to_csv(
+                folder / "probe.csv", index=False
+            )
+        probe = pd.read_csv(folder / "probe.csv")
     with clock("figures"):
         draw(folder, model, prepared, labels, probe)
     results = {
         "source": f"Learned from {config.archive or 'the data that ship with gp2vec'}, seed {config.seed}.",
         "verdict": verdict(probe[probe.arm == "gp2vec"].iloc[0], "untrained gp2vec"),
-        "labels": f"The probe's {len(labels)} labelled windows are synthetic, from another network than any that was learned from.",
+        "labels": f"The {len(labels)} labelled windows are synthetic, from another network than any that was learned from; "
+        "the probe takes those of P and of S.",
         "complaints": complaints(metrics), "metrics": metrics, "windows": count_windows(prepared).to_dict("records"),
         "probe": probe.to_dict("records"), "stages": clock.stages, "peak_memory_gb": _peak_memory(),
         "settings": settings_to_dict(config), "data": prepared.report,

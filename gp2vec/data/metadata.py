@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import obspy
@@ -256,7 +256,7 @@ class StationTable:
     def read(
         cls,
         path: str | os.PathLike,  # as given to `write`
-    ) -> StationTable:  # the saved table
+    ) -> Self:  # the saved table
         "Load a saved table."
         return cls(read_table(path))
 

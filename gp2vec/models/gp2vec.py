@@ -153,7 +153,7 @@ def settings_from_dict(
         if is_dataclass(types[key]) and isinstance(value, Mapping):
             value = settings_from_dict(types[key], value, f"{path}.{key}")
         elif isinstance(value, list | tuple):
-            item = next(iter(get_args(types[key])), None)
+            item: Any = next(iter(get_args(types[key])), None)
             named = isinstance(item, type) and hasattr(item, "_fields")
             value = tuple((item(**v) if isinstance(v, Mapping) else item(*v)) if named else v for v in value)
         values[key] = value

@@ -24,7 +24,7 @@ class QuantizerConfig:
     num_codebooks: int = 2  # groups, G
     codebook_size: int = 320  # codewords per group, V
     codevector_dim: int = 256  # width of the vector that stands for a frame, all groups together
-    spectral_window: float = 0.64  # random_projection: length of the waveform around a frame, seconds
+    spectral_window: float = 1.28  # random_projection: length of the waveform around a frame, seconds
 
     def __post_init__(self):
         "Refuse what cannot be built."
@@ -118,22 +118,54 @@ def log_spectra(
 class RandomProjectionQuantizer(nn.Module):
     "Frozen codes of short-time spectra ([BEST-RQ](https://arxiv.org/abs/2202.01855)); the waveform alone decides."
 
+    mean: Tensor
+    std: Tensor
+    projection: Tensor
+    codevectors: Tensor
+
     def __init__(
         self,
         in_channels: int = 3,  # components, C
         num_codebooks: int = 1,  # groups, G
         codebook_size: int = 512,  # codewords per group, V
         codevector_dim: int = 16,  # dimensions of the projection, all groups together
-        window: int = 64,  # samples around a frame
+        window: int = 128,  # samples around a frame
         stride: int = 8,  # samples between frames
         field: int = 39,  # receptive field of a frame, samples
     ):
         super().__init__()
         self.window, self.stride, self.offset = window, stride, field // 2 - window // 2
-        self.codebook_size = codebook_size
-        width = codevector_dim // num_codebooks
-        self.register_buffer("projection", torch.randn(num_codebooks, in_channels * (window // 2), width))
+        width, bins = codevector_dim // num_codebooks, window // 2
+        self.register_buffer("mean", torch.zeros(in_channels, bins))
+        self.register_buffer("std", torch.zeros(in_channels, bins))
+        self.register_buffer("projection", torch.randn(num_codebooks, in_channels * bins, width))
         self.register_buffer("codevectors", F.normalize(torch.randn(num_codebooks, codebook_size, width), dim=-1))
+
+    @property
+    def calibrated(self) -> bool:  # whether `calibrate` has been called
+        "Whether the averages of spectra are known."
+        return bool((self.std > 0).all())
+
+    def spectra(
+        self,
+        waveforms: Tensor,  # normalised waveforms, (B, C, N)
+        frames: int,  # number of frames, T
+    ) -> tuple[Tensor, Tensor]:  # log spectra, (B, T, C, window // 2); which components are there, (B, 1, C, 1) bool
+        "Log spectra around the frames."
+        there = waveforms.abs().amax(-1)[:, None, :, None] > 0
+        return log_spectra(waveforms, self.window, self.stride, self.offset, frames), there
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        waveforms: Tensor,  # normalised waveforms, (B, C, N), of the data to learn from
+    ) -> None:
+        "Measure mean and standard deviation of the log spectra, per component and frequency."
+        values, there = self.spectra(waveforms, (waveforms.shape[-1] - self.window) // self.stride)
+        count = (there.sum(0) * values.shape[1]).clamp_min(1)
+        mean = (values * there).sum((0, 1)) / count[0]
+        self.mean.copy_(mean)
+        self.std.copy_((((values - mean).square() * there).sum((0, 1)) / count[0]).sqrt().clamp_min(1e-3))
 
     def forward(
         self,
@@ -142,12 +174,12 @@ class RandomProjectionQuantizer(nn.Module):
         mask: Tensor,  # frames to quantise, (B, T) bool
         noise: Tensor | None = None,  # not used; here because all quantisers are called alike
     ) -> Quantized:  # codes of the M masked frames
-        "Name every masked frame after the spectrum of the waveform around it."
+        "Name every masked frame after the spectrum of the waveform around it; missing components say nothing."
         with torch.no_grad(), torch.autocast(waveforms.device.type, enabled=False):
-            spectra = log_spectra(waveforms, self.window, self.stride, self.offset, features.shape[1])
-            spectra = spectra - spectra.mean(1, keepdim=True)
-            spectra = spectra / spectra.std((1, 2, 3), keepdim=True).clamp_min(1e-3)
-            point = torch.einsum("mi,gid->mgd", spectra[mask].flatten(1), self.projection)
+            values, there = self.spectra(waveforms, features.shape[1])
+            values = (values - self.mean) / torch.where(self.std > 0, self.std, 1.0)
+            level = (values * there).sum((1, 2, 3), keepdim=True) / there.expand_as(values).sum((1, 2, 3), keepdim=True)
+            point = torch.einsum("mi,gid->mgd", ((values - level) * there)[mask].flatten(1), self.projection)
             codes = torch.einsum("mgd,gvd->mgv", point, self.codevectors).argmax(-1)
         return Quantized(codes, None, codes.new_zeros((), dtype=torch.float32))
 

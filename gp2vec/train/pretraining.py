@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,14 +20,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.augment import Augment, AugmentConfig
-from ..models.gp2vec import GP2Vec, GP2VecConfig, Pretext, sample_negatives, settings_from_dict, span_mask
-from ..models.quantizer import GumbelQuantizer, hard_perplexity
+from gp2vec.models.gp2vec import (
+    GP2Vec,
+    GP2VecConfig,
+    Pretext,
+    normalise,
+    sample_negatives,
+    settings_from_dict,
+    span_mask,
+)
+from ..models.quantizer import GumbelQuantizer, RandomProjectionQuantizer, hard_perplexity
 from .probes import LabelledWindows, crossed_folds, frozen_features, mean_auc, out_of_fold_scores, untrained
 
 # %% auto #0
 __all__ = ['MIN_PERPLEXITY', 'OptimizerConfig', 'SchedulerConfig', 'TrainConfig', 'cosine_with_warmup', 'anneal',
-           'build_optimizer', 'metrics_of', 'fixed_exam', 'Pretraining', 'Throughput', 'OnlineProbe', 'complaints',
-           'WindowData', 'export_checkpoint']
+           'build_optimizer', 'metrics_of', 'best_guess', 'first_windows', 'fixed_exam', 'Pretraining', 'Throughput',
+           'OnlineProbe', 'complaints', 'WindowData', 'export_checkpoint']
 
 # %% ../../nbs/12_train.pretraining.ipynb #12-006
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class OptimizerConfig:
     name: str = "adamw"  # the only one so far
     lr: float = 5e-4  # largest learning rate
     weight_decay: float = 0.01  # of matrices; vectors (biases, norms) are not decayed
-    betas: tuple[float, ...] = (0.9, 0.98)  # decay of the running moments
+    betas: tuple[float, float] = (0.9, 0.98)  # decay of the running moments
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class TrainConfig:
     max_steps: int = -1  # optimiser steps; -1: as many as the epochs have
     seed: int = 0  # of weights, masks and order
     gradient_clip: float = 1.0  # largest norm of the gradient
-    temperature: tuple[float, ...] = (2.0, 0.5)  # Gumbel temperature at the start and the end of the run
+    temperature: tuple[float, float] = (2.0, 0.5)  # Gumbel temperature at the start and the end of the run
     log_every: int = 10  # steps between rows of the metrics
     checkpoint_every: int = 1000  # steps between checkpoints
     probe_every: int = 1000  # steps between online probes; 0: none
@@ -114,10 +123,30 @@ def metrics_of(
 ) -> dict[str, torch.Tensor]:  # name -> scalar
     "What to log of a step."
     parts = {"loss": step.loss, "answer_loss": step.answer.loss, "accuracy": step.answer.accuracy}
-    parts |= {"chance": step.answer.chance, "diversity": step.diversity, "penalty": step.penalty}
-    if prefix == "train":  # in validation the perplexity is that of all batches together
-        parts["perplexity"] = step.answer.perplexity.min()
+    parts |= {"diversity": step.diversity, "penalty": step.penalty}
+    if prefix == "train":  # in validation these two are those of all batches together
+        parts |= {"perplexity": step.answer.perplexity.min(), "chance": step.answer.chance}
     return {f"{prefix}_{name}": value.detach().float() for name, value in parts.items()}
+
+
+def best_guess(
+    codes: torch.Tensor,  # true codes, (M, G)
+) -> float:  # share of right answers of whoever always says the most frequent code, mean over groups
+    "What a guesser achieves."
+    return float(torch.stack([group.bincount().max() for group in codes.T]).float().mean() / len(codes))
+
+
+def first_windows(
+    loader: DataLoader,  # batches of windows
+    most: int = 256,  # windows
+) -> torch.Tensor:  # normalised waveforms, (B, C, N)
+    "The first windows of a loader."
+    found: list[torch.Tensor] = []
+    for batch in loader:
+        found.append(normalise(batch["waveform"], batch["component_mask"])[0])
+        if sum(map(len, found)) >= most:
+            break
+    return torch.cat(found)[:most]
 
 
 def fixed_exam(
@@ -150,7 +179,15 @@ class Pretraining(pl.LightningModule):
         self.config = settings_from_dict(TrainConfig, train, "train")
         self.model = untrained(GP2VecConfig.from_dict(model), self.config.seed)
         self.augment = Augment(settings_from_dict(AugmentConfig, augment, "augmentation")) if augment else None
-        self.validation_codes: list[torch.Tensor] = []
+        self.validation_codes: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_fit_start(self):
+        "Measure the average spectra that frozen codes are relative to, on the first windows to learn from."
+        quantizer = self.model.quantizer
+        if isinstance(quantizer, RandomProjectionQuantizer) and not quantizer.calibrated:
+            quantizer.calibrate(first_windows(self.trainer.datamodule.train_dataloader()).to(self.device))
+            for buffer in (quantizer.mean, quantizer.std):  # all processes take those of the first
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
     def training_step(self, batch, batch_idx):
         "Loss of a batch; refuses to go on from one that is not finite."
@@ -171,15 +208,17 @@ class Pretraining(pl.LightningModule):
         "Metrics of a batch under a fixed mask."
         x, known = batch["waveform"], (batch["metadata"], batch["component_mask"], batch["log_scale"])
         step = self.model(x, *known, **fixed_exam(self.model, x, batch_idx))
-        self.validation_codes.append(step.answer.codes.cpu())
+        self.validation_codes.append((step.answer.codes.cpu(), step.codes.cpu()))
         self.log_dict(metrics_of(step, "val"), batch_size=len(x), sync_dist=True)
 
     def on_validation_epoch_end(self):
-        "Perplexity of the codes over all validation windows, the lowest of the groups."
-        codes, self.validation_codes = torch.cat(self.validation_codes), []
-        self.log(
-            "val_perplexity", hard_perplexity(codes, self.model.config.quantizer.codebook_size).min(), sync_dist=True
-        )
+        "Perplexity (the lowest of the groups) and the best constant guess over all validation windows together."
+        said, true = (torch.cat(codes) for codes in zip(*self.validation_codes, strict=True))
+        self.validation_codes = []
+        config = self.model.config
+        self.log("val_perplexity", hard_perplexity(said, config.quantizer.codebook_size).min(), sync_dist=True)
+        masked = config.objective == "masked_prediction"
+        self.log("val_chance", best_guess(true) if masked else 1 / (1 + config.num_negatives), sync_dist=True)
 
     @property
     def total_steps(self) -> int:
@@ -317,5 +356,5 @@ def export_checkpoint(
     model = GP2Vec(GP2VecConfig.from_dict(settings))
     prefix = "model."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)})
-    model.eval().save_pretrained(folder)
+    model.eval().save_pretrained(Path(folder))
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -73,8 +74,8 @@ class DataConfig:
 def embedded_network(
     seed: int = 0,  # of the network
 ) -> SyntheticConfig:  # settings of the network that is learned from
-    "A synthetic network with enough earthquakes to learn from within minutes: ten stations, 67 minutes, 80 events."
-    return SyntheticConfig(seed=seed, events=80, duration=4000.0, magnitude_range=(1.0, 4.5), minimum_spacing=30.0)
+    "A synthetic network in the middle of an aftershock sequence: ten stations, 67 minutes, 140 events."
+    return SyntheticConfig(seed=seed, events=140, duration=4000.0, magnitude_range=(1.5, 4.5), minimum_spacing=20.0)
 
 
 def embedded_archive(
@@ -143,7 +144,7 @@ def open_shards(
     train, val = ShardDataset(shards / "train", seed=config.seed), ShardDataset(shards / "val", shuffle=False)
     return Prepared(train, val, str(manifest), str(folder / "stations.parquet"), {})
 
-
+# %% ../../nbs/13_train.train.ipynb #13-016
 def prepare(
     config: DataConfig,  # settings
     progress: bool = True,  # bars, where there is a terminal
@@ -177,7 +178,7 @@ def prepare(
         )  # fmt: skip
     return Prepared(train, val, str(manifest_path), str(stations_path), report)
 
-# %% ../../nbs/13_train.train.ipynb #13-017
+# %% ../../nbs/13_train.train.ipynb #13-018
 def build_trainer(
     train: TrainConfig,  # settings of the run
     output: str | os.PathLike,  # folder of metrics and checkpoints
@@ -196,7 +197,7 @@ def build_trainer(
         log_every_n_steps=train.log_every, num_sanity_val_steps=0, enable_model_summary=False,
         check_val_every_n_epoch=None if train.max_steps > 0 else 1,
         val_check_interval=train.max_steps if train.max_steps > 0 else 1.0,
-        enable_progress_bar=shown, logger=CSVLogger(output, name="", version=""),
+        enable_progress_bar=shown, logger=CSVLogger(Path(output), name="", version=""),
         callbacks=[saving, Throughput(), *([RichProgressBar()] if shown else []), *callbacks], **trainer,
     )  # fmt: skip
 
@@ -212,6 +213,8 @@ def pretrain(
     **trainer: Any,  # as of `pytorch_lightning.Trainer`
 ) -> tuple[Pretraining, dict[str, float]]:  # the trained module; metrics on the held-out windows at the end
     "Train, or go on from `checkpoints/last.ckpt`, or do nothing where that is complete; then validate."
+    # Lightning warns of what is meant here: a folder that is added to, shards that know their length.
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     task = Pretraining(settings_to_dict(model), settings_to_dict(train), settings_to_dict(augment) if augment else None)
     last, table, done = Path(output) / "checkpoints" / "last.ckpt", Path(output) / "metrics.csv", 0
     if last.exists():
@@ -230,7 +233,7 @@ def pretrain(
     found = judge.validate(task, data, ckpt_path=last, verbose=False, weights_only=True)
     return task, {name: float(value) for name, value in found[0].items()}
 
-# %% ../../nbs/13_train.train.ipynb #13-023
+# %% ../../nbs/13_train.train.ipynb #13-024
 @hydra.main(version_base="1.3", config_path="pkg://gp2vec.configs", config_name="config")
 def _main(cfg: DictConfig) -> None:
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -253,7 +256,7 @@ def _main(cfg: DictConfig) -> None:
     for complaint in complaints(metrics):
         print(f"warning: {complaint}", file=sys.stderr)
 
-# %% ../../nbs/13_train.train.ipynb #13-025
+# %% ../../nbs/13_train.train.ipynb #13-026
 def hydra_arguments(
     arguments: Sequence[str],  # as typed
 ) -> list[str]:  # as Hydra wants them
@@ -284,7 +287,7 @@ def main(
         sys.argv = given
     return 0
 
-# %% ../../nbs/13_train.train.ipynb #13-026
+# %% ../../nbs/13_train.train.ipynb #13-027
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,84 @@
+"""The demo, from archive to report, as a user runs it, on the embedded data with a budget that teaches nothing."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from gp2vec.data.archive import read_manifest
+from gp2vec.data.datapipes import verify_shards
+from gp2vec.data.metadata import StationMetadataManager
+from gp2vec.models.gp2vec import GP2Vec
+
+STEPS = 6
+FIGURES = ("windows", "masking", "curves", "codes", "embeddings", "probe")
+
+
+def gp2vec(*arguments, timeout=400):
+    "Run the command in a process of its own."
+    command = [sys.executable, "-m", "gp2vec.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A finished demo: its folder and what the command said."
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return folder, gp2vec("demo", "--steps", STEPS, "--output", folder)
+
+
+def test_status_tells_that_nothing_was_learned(demo):
+    folder, run = demo
+    results = json.loads((folder / "results.json").read_text())
+    assert run.returncode == (1 if results["complaints"] else 0), run.stderr
+    assert results["complaints"], "six steps cannot be enough"
+    assert "collapsed" in run.stdout or "guesses" in run.stdout
+
+
+def test_leaves_everything_behind(demo):
+    folder, run = demo
+    assert (folder / "report.html").exists(), run.stderr
+    manifest = read_manifest(folder / "manifest.parquet")
+    assert {"XX", "BW", "MV"} <= set(manifest.network)
+    assert len(StationMetadataManager.read(folder / "stations.parquet")) > 30
+    for part in ("train", "val"):
+        verify_shards(folder / "shards" / part)
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert GP2Vec.from_pretrained(folder / "model").config.embed_dim == 192
+    steps = pd.read_csv(folder / "metrics.csv").step
+    assert steps.max() == STEPS
+
+
+def test_report_is_one_file_with_all_pictures_and_a_verdict(demo):
+    folder, _ = demo
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert 'src="http' not in page and "<link" not in page and "<script" not in page
+    assert "synthetic" in page and "real" in page and "untrained gp2vec" in page and "95 % interval" in page
+    for name in FIGURES:
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+def test_counts_real_and_synthetic_windows(demo):
+    folder, _ = demo
+    results = json.loads((folder / "results.json").read_text())
+    kinds = {row["network"]: row["kind"] for row in results["windows"]}
+    assert kinds["XX"] == "synthetic" and kinds["BW"] == "real"
+    windows = sum(row["windows"] for row in results["windows"])
+    assert windows == sum(part["windows"] for part in results["data"].values())
+
+
+def test_second_run_reuses(demo):
+    folder, _ = demo
+    kept = [folder / "checkpoints" / "last.ckpt", folder / "shards" / "train" / "index.json", folder / "metrics.csv"]
+    before = [p.stat().st_mtime_ns for p in kept]
+    gp2vec("demo", "--steps", STEPS, "--output", folder)
+    assert [p.stat().st_mtime_ns for p in kept] == before
+
+
+def test_other_settings_are_not_mixed_in(demo):
+    folder, _ = demo
+    run = gp2vec("demo", "--steps", STEPS + 1, "--output", folder)
+    assert run.returncode == 2 and "--fresh" in run.stderr
