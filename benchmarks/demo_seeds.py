@@ -2,8 +2,8 @@
 
 usage: python benchmarks/demo_seeds.py [--first 0] [--seeds 10] [--steps N] [--output runs/seeds]
 
-The seed changes everything that is random: the synthetic networks learned from and probed on, weights, masks, order, split and
-resampling. Prints a row per seed and writes seeds.csv; a seed that is already there is not repeated.
+The seed changes everything that is random: the synthetic networks learned from and probed on, weights, masks, order,
+split and resampling. Prints a row per seed and writes seeds.csv; a seed that is already there is not repeated.
 """
 
 import argparse

@@ -254,33 +254,31 @@ def shards(
     highpass
         Corner of the causal high-pass, Hz; 0 leaves it out.
     seed
-        Of the choice of stations.
-    """
+        Of the choice of stations."""
     from gp2vec.data.archive import read_manifest
     from gp2vec.data.datapipes import SeismicDataPipeline, write_split
     from gp2vec.data.metadata import StationMetadataManager
     from gp2vec.data.preprocessing import PreprocessingConfig
 
-    config = PreprocessingConfig(sampling_rate, window_length, overlap, highpass)
+    config, part = PreprocessingConfig(sampling_rate, window_length, overlap, highpass), _part(shard, held_out)
     manager = StationMetadataManager.read(stations) if stations else None
-    if held_out and shard:
-        raise ValueError("--shard i/n writes a part of one set of shards: add --held-out 0")
     if held_out:
         reports = write_split(read_manifest(manifest), manager, output, config, held_out, seed, shard_size, workers)[2]
     else:
         pipeline = SeismicDataPipeline(manifest, manager, config=config)
-        pipeline.create_webdataset(shard_size, output, workers, part=_part(shard))
+        pipeline.create_webdataset(shard_size, output, workers, part=part)
         reports = {"": pipeline.report}
     for name, report in reports.items():
-        console.print(
-            f"{output}/{name}: {report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
-        )
+        counts = f"{report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
+        console.print(f"{output}/{name}: {counts}")
 
 # %% ../nbs/17_cli.ipynb #17-018
-def _part(text: str) -> tuple[int, int] | None:
+def _part(text: str, held_out: float = 0.0) -> tuple[int, int] | None:
     "`i/n` as numbers."
     if not text:
         return None
+    if held_out:
+        raise ValueError("--shard i/n writes a part of one set of shards: add --held-out 0")
     i, slash, n = text.partition("/")
     if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"--shard takes i/n with i from 0 to n - 1, such as 0/10, not {text!r}")
@@ -353,9 +351,8 @@ def evaluate(
         Of the control and of the split.
     """
     from gp2vec.models.gp2vec import GP2Vec
-    from gp2vec.train.evaluate_downstream import TASKS
+    from gp2vec.train.evaluate_downstream import TASKS, write_results
     from gp2vec.train.evaluate_downstream import evaluate as probe
-    from gp2vec.train.evaluate_downstream import write_results
     from gp2vec.train.probes import LabelledWindows
 
     if task not in TASKS:
@@ -364,7 +361,7 @@ def evaluate(
     write_results(table, output, task)
     console.print(table.round(3).to_string(index=False))
 
-
+# %% ../nbs/17_cli.ipynb #17-024
 @app.command
 def embed(
     model: str,
@@ -396,11 +393,10 @@ def embed(
     lookup = StationMetadataManager.read(stations).lookup if stations else None
     embeddings = embed_stream(GP2Vec.from_pretrained(model), _stream(files), lookup=lookup, layer=layer)
     embeddings.write(output)
-    console.print(
-        f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations, rejected {embeddings.rejects}"
-    )
+    stations_seen = embeddings.table.station.nunique()
+    console.print(f"{output}: {len(embeddings)} windows of {stations_seen} stations, rejected {embeddings.rejects}")
 
-# %% ../nbs/17_cli.ipynb #17-024
+# %% ../nbs/17_cli.ipynb #17-025
 def _stream(files: Sequence[str]):
     "All traces of miniSEED files, or of the objects of a manifest."
     from obspy import Stream
@@ -419,7 +415,7 @@ def _stream(files: Sequence[str]):
             stream += read_miniseed(Path(name).read_bytes())
     return stream
 
-# %% ../nbs/17_cli.ipynb #17-026
+# %% ../nbs/17_cli.ipynb #17-027
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -456,7 +452,7 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
 
-# %% ../nbs/17_cli.ipynb #17-027
+# %% ../nbs/17_cli.ipynb #17-028
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

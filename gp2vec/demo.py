@@ -86,7 +86,8 @@ class DemoConfig:
     def train(self) -> TrainConfig:
         "How to learn."
         return TrainConfig(
-            max_steps=self.steps, max_epochs=100_000, seed=self.seed, log_every=max(1, min(5, self.steps // 3)), checkpoint_every=100, probe_every=250,
+            max_steps=self.steps, max_epochs=100_000, seed=self.seed, log_every=max(1, min(5, self.steps // 3)),
+            checkpoint_every=100, probe_every=250,
             optimizer=OptimizerConfig(lr=1e-3), lr_scheduler=SchedulerConfig(warmup_steps=50),
         )  # fmt: skip
 
@@ -97,18 +98,14 @@ def count_windows(
     "Windows by network, in both parts."
     rows = []
     for part in (prepared.train, prepared.val):
-        for i, shard in enumerate(part.index.shards):
-            rows += _ids(part, i)
+        for shard in part.index.shards:
+            opened = OpenShard(part.store, shard)
+            rows += [opened[i][1]["id"] for i in range(len(opened))]
     table = pd.DataFrame({"id": rows})
     table["network"] = table.id.str.split(".").str[0]
     grouped = table.groupby("network").agg(stations=("id", "nunique"), windows=("id", "size")).reset_index()
     grouped.insert(1, "kind", np.where(grouped.network == "XX", "synthetic", "real"))
     return grouped.assign(hours=(grouped.windows * 30 / 3600).round(2))
-
-
-def _ids(dataset, shard: int) -> list[str]:
-    opened = OpenShard(dataset.store, dataset.index.shards[shard])
-    return [opened[i][1]["id"] for i in range(len(opened))]
 
 # %% ../nbs/16_demo.ipynb #16-011
 _COLORS = ("k", "C0", "C1")
@@ -252,9 +249,25 @@ td:first-child,th:first-child{text-align:left}.good{background:#e8f5e9}.bad{back
 """
 
 
-def _image(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+_CAPTIONS = {
+    "windows": "What was learned from: vertical components, each window scaled to unit variance. Black: real. "
+    "Red (network XX): synthetic.",
+    "masking": "A held-out window as the model met it. Grey spans were hidden. Below, a tick per frame: green where "
+    "the hidden code was told, red where not.",
+    "curves": "The run. Loss alone proves nothing: accuracy has to leave the guesser behind, perplexity has to stay "
+    "up, the probe has to rise above the untrained network.",
+    "codes": "How often each codeword was hidden, and how often it was the answer. A collapsed codebook would be a "
+    "single step at the left.",
+    "embeddings": "Labelled windows in the first two principal components. Colours that gather by station show what "
+    "the site does; by label, what the representation knows of earthquakes.",
+    "probe": "A linear probe on frozen features, trained and tested on different events and stations.",
+}
+
+
+def _image(folder: Path, name: str) -> str:
+    data, caption = base64.b64encode((folder / "figures" / f"{name}.png").read_bytes()).decode(), _CAPTIONS[name]
+    picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _table(table: pd.DataFrame, digits: int = 3) -> str:
@@ -270,27 +283,24 @@ def write_report(
     wrong = results["complaints"]
     lines = [html.escape(line) for line in (wrong or ["Nothing speaks against this run."])]
     m = results["metrics"]
-    chance = f"the best constant guess reaches {m['val_chance']:.1%}"
-    told = f"At held-out stations it tells {m['val_accuracy']:.1%} of the hidden frames ({chance}), with a perplexity of {m['val_perplexity']:.0f}."
-    captions = {
-        "windows": "What was learned from: vertical components, each window scaled to unit variance. Black: real. Red (network XX): synthetic.",
-        "masking": "A held-out window as the model met it. Grey spans were hidden. Below, a tick per frame: green where the hidden code was told, red where not.",
-        "curves": "The run. Loss alone proves nothing: accuracy has to leave the guesser behind, perplexity has to stay up, the probe has to rise above the untrained network.",
-        "codes": "How often each codeword was hidden, and how often it was the answer. A collapsed codebook would be a single step at the left.",
-        "embeddings": "Labelled windows in the first two principal components. Colours that gather by station show what the site does; by label, what the representation knows of earthquakes.",
-        "probe": "A linear probe on frozen features, trained and tested on different events and stations.",
-    }
+    told = (
+        f"At held-out stations it tells {m['val_accuracy']:.1%} of the hidden frames (the best constant guess reaches "
+        f"{m['val_chance']:.1%}), with a perplexity of {m['val_perplexity']:.0f}."
+    )
+    mood = "bad" if wrong else "good"
     parts = [
-        "<!doctype html><meta charset=utf-8><title>gp2vec demo</title><meta name=viewport content='width=device-width'>",
+        "<!doctype html><meta charset=utf-8><title>gp2vec demo</title>",
+        "<meta name=viewport content='width=device-width'>",
         f"<style>{_STYLE}</style><h1>gp2vec demo</h1><p>{html.escape(results['source'])}</p>",
-        f"<div class='verdict {'bad' if wrong else 'good'}'><b>{html.escape(results['verdict'])}</b><br>{told}<br>{'<br>'.join(lines)}</div>",
+        f"<div class='verdict {mood}'><b>{html.escape(results['verdict'])}</b><br>{told}<br>{'<br>'.join(lines)}</div>",
         "<h2>What was real and what synthetic</h2>", _table(pd.DataFrame(results["windows"])),
-        f"<p>{html.escape(results['labels'])}</p>", _image(folder / "figures" / "windows.png", captions.pop("windows")),
+        f"<p>{html.escape(results['labels'])}</p>", _image(folder, "windows"),
         "<h2>What was learned</h2>",
-        *(_image(folder / "figures" / f"{name}.png", caption) for name, caption in captions.items()),
+        *(_image(folder, name) for name in _CAPTIONS if name != "windows"),
         _table(pd.DataFrame(results["probe"])),
         "<h2>What it took</h2>", _table(pd.DataFrame(results["stages"]), 1),
-        f"<p>Peak memory {results['peak_memory_gb']:.2f} GB. Settings: <code>{html.escape(json.dumps(results['settings']))}</code></p>",
+        f"<p>Peak memory {results['peak_memory_gb']:.2f} GB. Settings: ",
+        f"<code>{html.escape(json.dumps(results['settings']))}</code></p>",
     ]  # fmt: skip
     path = folder / "report.html"
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -328,9 +338,7 @@ def _claim(config: DemoConfig, fresh: bool) -> Path:
     if fresh and note.exists():
         shutil.rmtree(folder)
     if note.exists() and json.loads(note.read_text()) != settings:
-        raise ValueError(
-            f"{folder} holds a demo with other settings: add --fresh to replace it, or choose another --output"
-        )
+        raise ValueError(f"{folder} holds a demo with other settings: add --fresh to replace it, or another --output")
     if folder.exists() and any(folder.iterdir()) and not note.exists():
         raise ValueError(f"{folder} is not empty and not a demo of gp2vec: choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -430,17 +438,16 @@ def run_demo(
         model, metrics = learn(config, prepared, labels.only("P", "S"), progress)
     with clock("probe"):
         if not (folder / "probe.csv").exists():
-            judge(model, labels.only("P", "S"), config.seed, config.train.probe_layer).to_csv(
-                folder / "probe.csv", index=False
-            )
+            table = judge(model, labels.only("P", "S"), config.seed, config.train.probe_layer)
+            table.to_csv(folder / "probe.csv", index=False)
         probe = pd.read_csv(folder / "probe.csv")
     with clock("figures"):
         draw(folder, model, prepared, labels, probe)
     results = {
         "source": f"Learned from {config.archive or 'the data that ship with gp2vec'}, seed {config.seed}.",
         "verdict": verdict(probe[probe.arm == "gp2vec"].iloc[0], "untrained gp2vec"),
-        "labels": f"The {len(labels)} labelled windows are synthetic, from another network than any that was learned from; "
-        "the probe takes those of P and of S.",
+        "labels": f"The {len(labels)} labelled windows are synthetic, from another network than any that was "
+        "learned from; the probe takes those of P and of S.",
         "complaints": complaints(metrics), "metrics": metrics, "windows": count_windows(prepared).to_dict("records"),
         "probe": probe.to_dict("records"), "stages": clock.stages, "peak_memory_gb": _peak_memory(),
         "settings": settings_to_dict(config), "data": prepared.report,

@@ -35,7 +35,7 @@ from project import (
 
 MODELS_MAY = {"torch", "numpy", "safetensors", "huggingface_hub"}
 TRAINING_FLOOR, TRAINING_ONLY = 12, {"pytorch_lightning", "lightning", "hydra", "omegaconf"}
-# Used by a library on our behalf, under no name of ours: pandas writes Parquet with pyarrow, huggingface_hub safetensors.
+# Used by a library on our behalf, under no name of ours: pandas writes with pyarrow, huggingface_hub with safetensors.
 UNSEEN = {"pyarrow", "safetensors"}
 DEVELOPMENT = {"dev", "notebooks"}
 each_notebook = pytest.mark.parametrize("path", notebooks(), ids=name)

@@ -52,8 +52,8 @@ def span_mask(
     "Hide random spans of frames ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), section 3.1), as many in every row."
     if frames < min_spans * length:
         raise ValueError(
-            f"masking needs windows of at least {min_spans} spans of {length} frames, and this one has {frames} frames: "
-            "give longer windows or a shorter mask_span"
+            f"masking needs windows of at least {min_spans} spans of {length} frames, and this one has {frames} "
+            "frames: give longer windows or a shorter mask_span"
         )
     chance = torch.rand((), generator=generator).item()
     spans = min(max(int(prob * frames / length + chance), min_spans), frames - length + 1)
@@ -81,9 +81,7 @@ def sample_negatives(
 ) -> Tensor:  # indices of hidden frames of the same row, (B, max count, K); beyond a row's count meaningless
     "Draw distractors uniformly from the other hidden frames of the row."
     if int(counts.min()) < 2:
-        raise ValueError(
-            f"a window needs two hidden frames or more to have distractors, and one has {int(counts.min())}"
-        )
+        raise ValueError(f"a window needs two hidden frames or more for distractors, and one has {int(counts.min())}")
     width = int(counts.max())
     draw = torch.rand(len(counts), width, num_negatives, generator=generator)
     index = (draw * (counts.cpu()[:, None, None] - 1)).long()
@@ -114,7 +112,7 @@ def contrastive(
     negatives: Tensor,  # indices of distractors, (B, max count, K)
     temperature: float = 0.1,  # of the cosine similarities
 ) -> tuple[Tensor, Tensor]:  # loss and accuracy, scalars
-    "Tell the true code vector from distractors ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), equation 3), in float32."
+    "Tell the true code vector from distractors ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), equation 3)."
     valid = torch.arange(negatives.shape[1], device=counts.device) < counts[:, None]
     negatives = negatives.to(counts.device).clamp_max(negatives.shape[1] - 1)
     c, q = (pack(F.normalize(v.float(), dim=-1), counts) for v in (answers, targets))
@@ -195,7 +193,8 @@ class GP2VecConfig:
             raise ValueError(f"objective is one of {', '.join(pairs)}, not {self.objective!r}")
         if self.quantizer.type != pairs[self.objective]:
             raise ValueError(
-                f"the {self.objective} objective needs quantizer.type={pairs[self.objective]}, not {self.quantizer.type!r}"
+                f"the {self.objective} objective needs quantizer.type={pairs[self.objective]}, "
+                f"not {self.quantizer.type!r}"
             )
         self.context_encoder.check(self.embed_dim)
 

@@ -162,10 +162,9 @@ class RandomProjectionQuantizer(nn.Module):
     ) -> None:
         "Measure mean and standard deviation of the log spectra, per component and frequency."
         values, there = self.spectra(waveforms, (waveforms.shape[-1] - self.window) // self.stride)
-        count = (there.sum(0) * values.shape[1]).clamp_min(1)
-        mean = (values * there).sum((0, 1)) / count[0]
-        self.mean.copy_(mean)
-        self.std.copy_((((values - mean).square() * there).sum((0, 1)) / count[0]).sqrt().clamp_min(1e-3))
+        weight = there / (there.sum(0) * values.shape[1]).clamp_min(1)
+        self.mean.copy_((values * weight).sum((0, 1)))
+        self.std.copy_(((values - self.mean).square() * weight).sum((0, 1)).sqrt().clamp_min(1e-3))
 
     def forward(
         self,

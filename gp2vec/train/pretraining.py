@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -185,7 +185,7 @@ class Pretraining(pl.LightningModule):
         "Measure the average spectra that frozen codes are relative to, on the first windows to learn from."
         quantizer = self.model.quantizer
         if isinstance(quantizer, RandomProjectionQuantizer) and not quantizer.calibrated:
-            quantizer.calibrate(first_windows(self.trainer.datamodule.train_dataloader()).to(self.device))
+            quantizer.calibrate(first_windows(cast(Any, self.trainer).datamodule.train_dataloader()).to(self.device))
             for buffer in (quantizer.mean, quantizer.std):  # all processes take those of the first
                 buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
@@ -198,8 +198,8 @@ class Pretraining(pl.LightningModule):
         step = self.model(waveform, batch["metadata"], component_mask, log_scale)
         if not step.loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {step.loss.item()} at step {self.global_step}, on windows of {', '.join(sorted(set(batch['id'])))}: "
-                "look at these windows, or lower train.optimizer.lr"
+                f"the loss is {step.loss.item()} at step {self.global_step}, on windows of "
+                f"{', '.join(sorted(set(batch['id'])))}: look at these windows, or lower train.optimizer.lr"
             )
         self.log_dict(metrics_of(step, "train"), batch_size=len(batch["id"]))
         return step.loss
@@ -305,12 +305,13 @@ def complaints(
         found.append(f"the validation loss is {loss}: some window or the learning rate is to blame")
     if not perplexity >= MIN_PERPLEXITY:
         found.append(
-            f"the codes have collapsed: their perplexity is {perplexity:.1f}, and below {MIN_PERPLEXITY:g} the loss means nothing; "
-            "train longer or with a smaller learning rate"
+            f"the codes have collapsed: their perplexity is {perplexity:.1f}, and below {MIN_PERPLEXITY:g} the loss "
+            "means nothing; train longer or with a smaller learning rate"
         )
     if not accuracy > chance:
         found.append(
-            f"the model guesses: its accuracy is {accuracy:.4f}, and always giving the same answer has {chance:.4f}; train longer"
+            f"the model guesses: its accuracy is {accuracy:.4f}, and always giving the same answer has {chance:.4f}; "
+            "train longer"
         )
     return found
 

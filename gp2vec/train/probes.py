@@ -252,9 +252,7 @@ def out_of_fold_scores(
     scores = np.full(len(features), np.nan)
     for train, test in folds:
         if positive[train].all() or not positive[train].any():
-            raise ValueError(
-                f"a probe needs both classes in every fold, and one of {len(train)} windows has one: label more"
-            )
+            raise ValueError(f"a probe needs both classes in every fold, and {len(train)} windows hold one: label more")
         scores[test] = LinearProbe.fit(features[train], np.where(positive[train], 1.0, -1.0))(features[test])
     return scores
 
@@ -291,7 +289,7 @@ def compare_arms(
     seed: int = 0,  # of split and resampling
     resamples: int = 300,  # bootstrap draws of events
 ) -> pd.DataFrame:  # a row per arm: auc auc_low auc_high gain gain_low gain_high
-    "AUC of a linear probe on each arm, with 95 % intervals by bootstrap over events, and the paired gain over the control."
+    "AUC of a linear probe on each arm and its paired gain over the control, with 95 % intervals over events."
     if control not in arms:
         raise ValueError(f"the control {control!r} is not among the arms {', '.join(arms)}")
     folds, rng = crossed_folds(table, seed), np.random.default_rng(seed)
