@@ -18,6 +18,7 @@ import hydra
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
@@ -280,8 +281,8 @@ def main(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"gp2vec: {error}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, FloatingPointError, HydraException) as error:
+        print(f"gp2vec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         sys.argv = given
