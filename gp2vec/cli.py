@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,7 +157,7 @@ def metadata(
     channels: Codes = [],  # noqa: B006
     start: Time = "",
     end: Time = "",
-    extract_features: bool = True,
+    extract_features: Annotated[bool, Parameter(negative="")] = True,
 ) -> None:
     """Make the station table, from a service, an archive or files.
 
@@ -183,7 +184,7 @@ def metadata(
     end
         Epochs that begin before it, UTC.
     extract_features
-        Sample response curves at fixed frequencies; always done, here for scripts that say so.
+        Sample response curves at fixed frequencies; always done, for scripts that say so.
     """
     from gp2vec.data.archive import Archive, read_manifest
     from gp2vec.data.metadata import StationMetadataManager
@@ -193,6 +194,8 @@ def metadata(
     if client:
         manager = StationMetadataManager.from_fdsn(client, *codes, start or None, end or None)
     elif inventory:
+        if any(codes) or start or end:
+            raise ValueError("--inventory takes whole files: leave out networks, stations, channels, start and end")
         manager = StationMetadataManager.from_files(list(_codes(inventory)))
     else:
         place = Archive(archive)
@@ -240,7 +243,7 @@ def shards(
     held_out
         Share of the stations to hold out; 0 writes all into the folder itself.
     shard
-        i/n: job i of n writes its share (with --held-out 0).
+        i/n: job i of n writes its share.
     workers
         Processes.
     shard_size
@@ -260,10 +263,11 @@ def shards(
     from gp2vec.data.metadata import StationMetadataManager
     from gp2vec.data.preprocessing import PreprocessingConfig
 
-    config, part = PreprocessingConfig(sampling_rate, window_length, overlap, highpass), _part(shard, held_out)
+    config, part = PreprocessingConfig(sampling_rate, window_length, overlap, highpass), _part(shard)
     manager = StationMetadataManager.read(stations) if stations else None
     if held_out:
-        reports = write_split(read_manifest(manifest), manager, output, config, held_out, seed, shard_size, workers)[2]
+        table, sizes = read_manifest(manifest), (held_out, seed, shard_size, workers)
+        reports = write_split(table, manager, output, config, *sizes, part=part)[2]
     else:
         pipeline = SeismicDataPipeline(manifest, manager, config=config)
         pipeline.create_webdataset(shard_size, output, workers, part=part)
@@ -273,12 +277,10 @@ def shards(
         console.print(f"{output}/{name}: {counts}")
 
 # %% ../nbs/17_cli.ipynb #17-018
-def _part(text: str, held_out: float = 0.0) -> tuple[int, int] | None:
+def _part(text: str) -> tuple[int, int] | None:
     "`i/n` as numbers."
     if not text:
         return None
-    if held_out:
-        raise ValueError("--shard i/n writes a part of one set of shards: add --held-out 0")
     i, slash, n = text.partition("/")
     if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"--shard takes i/n with i from 0 to n - 1, such as 0/10, not {text!r}")
@@ -296,9 +298,8 @@ def pretrain(
     overrides
         Hydra's, such as --config-name=experiment/debug or model=tiny data.batch_size=64.
     """
-    from gp2vec.train.train import main as train
-
-    return train(overrides)
+    # A process of its own, which a trainer of several processes can start again.
+    return subprocess.run([sys.executable, "-m", "gp2vec.train.train", *overrides]).returncode
 
 
 @app.command
@@ -387,33 +388,46 @@ def embed(
         Of the context network; the last where not given.
     """
     from gp2vec.data.metadata import StationMetadataManager
+    from gp2vec.inference import Embeddings
     from gp2vec.inference import embed as embed_stream
     from gp2vec.models.gp2vec import GP2Vec
 
-    lookup = StationMetadataManager.read(stations).lookup if stations else None
-    embeddings = embed_stream(GP2Vec.from_pretrained(model), _stream(files), lookup=lookup, layer=layer)
+    lookup, loaded = StationMetadataManager.read(stations).lookup if stations else None, GP2Vec.from_pretrained(model)
+    parts = []
+    for name, stream in _streams(files):
+        try:
+            parts.append(embed_stream(loaded, stream, lookup=lookup, layer=layer))
+        except ValueError as error:
+            logging.getLogger(__name__).warning("%s: left out, %s", name, error)
+    if not parts:
+        raise ValueError(f"none of {', '.join(files)} holds a window that could be embedded: see the warnings")
+    embeddings = Embeddings.join(parts)
     embeddings.write(output)
     stations_seen = embeddings.table.station.nunique()
     console.print(f"{output}: {len(embeddings)} windows of {stations_seen} stations, rejected {embeddings.rejects}")
 
 # %% ../nbs/17_cli.ipynb #17-025
-def _stream(files: Sequence[str]):
-    "All traces of miniSEED files, or of the objects of a manifest."
+def _streams(files: Sequence[str]):
+    "Name and traces of each miniSEED file, and of each station-day of a manifest, one at a time."
     from obspy import Stream
 
     from gp2vec.data.archive import Store, read_manifest
+    from gp2vec.data.datapipes import station_days
     from gp2vec.data.preprocessing import read_miniseed
 
     if not files:
         raise ValueError("embed takes miniSEED files or a manifest after the model, and got none")
-    stream = Stream()
     for name in files:
-        if name.endswith(".parquet"):
-            for row in read_manifest(name).drop_duplicates("url").itertuples():
-                stream += read_miniseed(Store(row.url.removesuffix(row.key)).read(row.key, row.byte_size, row.etag))
-        else:
-            stream += read_miniseed(Path(name).read_bytes())
-    return stream
+        if not name.endswith(".parquet"):
+            yield name, read_miniseed(Path(name).read_bytes())
+            continue
+        for day in station_days(read_manifest(name)):
+            stream = Stream()
+            for item in day.objects:
+                data = Store(item["url"].removesuffix(item["key"])).read(item["key"], item["byte_size"], item["etag"])
+                wanted = item["channels"]
+                stream.extend([t for t in read_miniseed(data) if not wanted or t.stats.channel in wanted])
+            yield f"{day.network}.{day.station}", stream
 
 # %% ../nbs/17_cli.ipynb #17-027
 @app.meta.default

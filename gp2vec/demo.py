@@ -38,6 +38,7 @@ from gp2vec.train.pretraining import (
     WindowData,
     complaints,
     export_checkpoint,
+    fixed_exam,
 )
 from gp2vec.train.probes import (
     LabelledWindows,
@@ -65,10 +66,15 @@ class DemoConfig:
     start: str = ""  # of another archive, UTC; the interval is half-open
     end: str = ""  # UTC
     max_stations: int = 12  # of another archive
-    max_hours: float = 2.0  # of another archive, per station and day
+    max_hours: float = 2.0  # of another archive, per station, of its first day
     steps: int = 500  # of the optimiser
     batch_size: int = 4  # windows per step
     seed: int = 0  # of everything that is random
+
+    def __post_init__(self):
+        "Refuse a run without a step."
+        if self.steps < 1 or self.batch_size < 1 or not self.max_hours > 0:
+            raise ValueError(f"the demo needs one step or more, and positive sizes; got {self}")
 
     @property
     def data(self) -> DataConfig:
@@ -77,7 +83,8 @@ class DemoConfig:
         most = max(1, round(self.max_hours * 3600 / length)) if self.archive else 0
         return DataConfig(
             directory=self.output, archive=self.archive or "embedded", networks=self.networks, stations=self.stations,
-            start=self.start, end=self.end, max_stations=self.max_stations if self.archive else 0, held_out=0.15,
+            start=self.start, end=self.end, max_stations=self.max_stations if self.archive else 0,
+            max_days=1 if self.archive else 0, held_out=0.15,
             seed=self.seed, shard_size=500, batch_size=self.batch_size, num_workers=0,
             processing=PreprocessingConfig(max_windows=most),
         )  # fmt: skip
@@ -94,7 +101,7 @@ class DemoConfig:
 # %% ../nbs/16_demo.ipynb #16-009
 def count_windows(
     prepared: Prepared,  # datasets
-) -> pd.DataFrame:  # network kind stations windows hours
+) -> pd.DataFrame:  # network kind instruments windows hours
     "Windows by network, in both parts."
     rows = []
     for part in (prepared.train, prepared.val):
@@ -103,7 +110,7 @@ def count_windows(
             rows += [opened[i][1]["id"] for i in range(len(opened))]
     table = pd.DataFrame({"id": rows})
     table["network"] = table.id.str.split(".").str[0]
-    grouped = table.groupby("network").agg(stations=("id", "nunique"), windows=("id", "size")).reset_index()
+    grouped = table.groupby("network").agg(instruments=("id", "nunique"), windows=("id", "size")).reset_index()
     grouped.insert(1, "kind", np.where(grouped.network == "XX", "synthetic", "real"))
     return grouped.assign(hours=(grouped.windows * 30 / 3600).round(2))
 
@@ -260,7 +267,8 @@ _CAPTIONS = {
     "single step at the left.",
     "embeddings": "Labelled windows in the first two principal components. Colours that gather by station show what "
     "the site does; by label, what the representation knows of earthquakes.",
-    "probe": "A linear probe on frozen features, trained and tested on different events and stations.",
+    "probe": "A linear probe on frozen features, trained and tested on different events and stations. gp2vec is probed at "
+    "its frames before the transformer, where it is best after so short a training, and after the last layer.",
 }
 
 
@@ -373,6 +381,7 @@ def judge(
         "untrained gp2vec": frozen_features(untrained(model.config, seed), labels.waveforms, layer),
         "handcrafted": handcrafted(labels.waveforms, labels.sampling_rate),
         "gp2vec": frozen_features(model, labels.waveforms, layer),
+        "gp2vec, after the last layer": frozen_features(model, labels.waveforms),
     }
     return compare_arms(arms, (labels.table.label == "S").to_numpy(), labels.table, "untrained gp2vec", seed)
 
@@ -403,8 +412,9 @@ def draw(
     held_out = list(prepared.val)
     chosen = sorted(held_out, key=lambda s: -float(s["waveform"].abs().max()))  # the spikiest: likely earthquakes
     x = torch.stack([s["waveform"] for s in held_out[:64]])
+    known = torch.stack([s["component_mask"] for s in held_out[:64]])
     with torch.inference_mode():
-        step = model.eval()(x, component_mask=torch.stack([s["component_mask"] for s in held_out[:64]]))
+        step = model.eval()(x, component_mask=known, **fixed_exam(model, x, 0))
     some = examples(prepared)
     features = frozen_features(model, labels.waveforms, 0)
     made = {

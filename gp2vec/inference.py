@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,19 @@ class Embeddings:
     ) -> None:
         "Save as one Parquet file, with a list column `embedding`."
         write_table(self.to_frame(), path)
+
+    @classmethod
+    def join(
+        cls,
+        parts: Iterable[Embeddings],  # one or more, of the same model
+    ) -> Embeddings:  # all rows, in order
+        "Several collections as one."
+        parts = list(parts)
+        rejects: Counter = Counter()
+        for part in parts:
+            rejects.update(part.rejects)
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        return cls(np.concatenate([part.vectors for part in parts]), table, dict(rejects))
 
     @classmethod
     def read(
@@ -127,7 +140,9 @@ def _encode(model: GP2Vec, batch: list[Window], lookup: Lookup | None, layer: in
     device = next(model.parameters()).device
     x = torch.from_numpy(np.stack([w.waveform for w in batch])).to(device)
     mask = torch.from_numpy(np.stack([w.component_mask for w in batch])).to(device)
-    log_scale = torch.tensor([w.log_scale for w in batch], dtype=torch.float32, device=device)
+    # As in training: without a unit of ground motion the scale is not known.
+    scales = [float("nan") if w.units == "counts" else w.log_scale for w in batch]
+    log_scale = torch.tensor(scales, dtype=torch.float32, device=device)
     metadata = None
     if lookup is not None:
         known = [window_metadata(w, lookup) for w in batch]

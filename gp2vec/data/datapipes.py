@@ -424,7 +424,8 @@ def to_sample(
     return {
         "waveform": torch.from_numpy(waveform.copy()),
         "component_mask": torch.tensor(meta["component_mask"], dtype=torch.bool),
-        "log_scale": torch.tensor(meta["log_scale"], dtype=torch.float32),
+        # Counts of one digitiser are not those of another: without a unit of ground motion the scale is not known.
+        "log_scale": torch.tensor(math.nan if meta["units"] == "counts" else meta["log_scale"], dtype=torch.float32),
         "starttime": int(meta["starttime"]),
         "id": str(meta["id"]),
         "metadata": {
@@ -860,14 +861,15 @@ def write_split(
     workers: int = 1,  # processes
     anon: bool = True,  # read S3 without credentials
     progress: bool = True,  # a progress bar, where there is a terminal
+    part: tuple[int, int] | None = None,  # (i, n): job i of n writes its share of both
 ) -> tuple[ShardDataset, ShardDataset, dict[str, dict]]:  # to learn from; held out; the pipelines' reports by name
     """Write, or reuse, shards of two disjoint sets of stations."""
     datasets, reports = [], {}
-    for name, part in zip(("train", "val"), hold_out(manifest, share, seed), strict=True):
-        pipeline = SeismicDataPipeline(part, metadata_manager, config=config or PreprocessingConfig(), anon=anon)
+    for name, listed in zip(("train", "val"), hold_out(manifest, share, seed), strict=True):
+        pipeline = SeismicDataPipeline(listed, metadata_manager, config=config or PreprocessingConfig(), anon=anon)
         place = f"{os.fspath(url)}/{name}"
         dataset = pipeline.create_webdataset(
-            shard_size, place, workers, progress=progress, shuffle=name == "train", seed=seed
+            shard_size, place, workers, part, progress=progress, shuffle=name == "train", seed=seed
         )
         datasets.append(dataset)
         reports[name] = pipeline.report

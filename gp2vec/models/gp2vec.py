@@ -31,13 +31,14 @@ def normalise(
     component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
 ) -> tuple[Tensor, Tensor]:  # waveforms of unit variance over the real components; log10 of the scale, (B,)
     "Remove each component's mean, divide by one root mean square for all; a dead trace stays zero, its scale -inf."
-    x = waveforms.double()
+    # A large offset needs float64, which Apple's GPUs lack.
+    x = waveforms.float() if waveforms.device.type == "mps" else waveforms.double()
     x = x - x.mean(-1, keepdim=True)
     if component_mask is not None:
         x = x * component_mask[:, :, None]
     real = x.shape[1] if component_mask is None else component_mask.sum(-1).clamp_min(1)
     power = x.square().mean(-1).sum(-1) / real
-    x = x / power.sqrt().clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
+    x = x / power.sqrt().clamp_min(torch.finfo(x.dtype).tiny)[:, None, None]
     return x.to(waveforms.dtype), 0.5 * power.log10().to(waveforms.dtype)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-011
@@ -122,7 +123,8 @@ def contrastive(
     rows = torch.arange(len(counts), device=counts.device)[:, None, None]
     same = (packed[rows, negatives] == packed[:, :, None]).all(-1)
     logits = torch.cat([truth, similarity.gather(2, negatives).masked_fill(same, -torch.inf)], -1)[valid]
-    told = (logits.argmax(-1) == 0) & logits[:, 1:].isfinite().any(-1)
+    best = logits[:, 1:].amax(-1)
+    told = (logits[:, 0] > best) & best.isfinite()
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), told.float().mean()
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-025

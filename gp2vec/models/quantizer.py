@@ -162,9 +162,11 @@ class RandomProjectionQuantizer(nn.Module):
     ) -> None:
         "Measure mean and standard deviation of the log spectra, per component and frequency."
         values, there = self.spectra(waveforms, (waveforms.shape[-1] - self.window) // self.stride)
+        values = values[:, self.window // self.stride :]  # the first ones look beyond the start
         weight = there / (there.sum(0) * values.shape[1]).clamp_min(1)
         self.mean.copy_((values * weight).sum((0, 1)))
-        self.std.copy_(((values - self.mean).square() * weight).sum((0, 1)).sqrt().clamp_min(1e-3))
+        std = ((values - self.mean).square() * weight).sum((0, 1)).sqrt()
+        self.std.copy_(torch.where(std > 0, std, 1.0))  # a component that was never there
 
     def forward(
         self,

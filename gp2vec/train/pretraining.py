@@ -53,7 +53,7 @@ class SchedulerConfig:
     "Settings of the learning-rate schedule."
 
     name: str = "cosine_with_warmup"  # the only one so far
-    warmup_steps: int = 1000  # steps from zero to the largest rate; at most a tenth of the run
+    warmup_steps: int = 10000  # steps from zero to the largest rate; at most a tenth of the run
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def first_windows(
         found.append(normalise(batch["waveform"], batch["component_mask"])[0])
         if sum(map(len, found)) >= most:
             break
+    if not found:
+        raise ValueError("there are fewer windows to learn from than one batch holds: lower data.batch_size")
     return torch.cat(found)[:most]
 
 

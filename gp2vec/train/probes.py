@@ -119,6 +119,10 @@ def label_windows(
             if cut is not None:
                 waveforms.append(cut[0])
                 rows.append(pick._asdict() | {"label": label, "onset": onset, "start": start, "log_scale": cut[1]})
+    if not rows:
+        raise ValueError(
+            f"none of {len(picks)} picks lies in a usable stretch of {len(stream)} traces: check station codes and times"
+        )
     table = pd.DataFrame(rows).drop(columns="Index")
     return LabelledWindows(np.stack(waveforms), table, config.sampling_rate)
 
@@ -140,10 +144,11 @@ def frozen_features(
     training, device = model.training, next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
-        parts = [
-            pool(model.encode(torch.from_numpy(x).to(device), layer=layer)).float().cpu()
-            for x in _batches(waveforms, batch_size)
-        ]
+        parts = []
+        for batch in _batches(waveforms, batch_size):
+            x = torch.from_numpy(batch).to(device)
+            there = x.abs().amax(-1) > 0  # a component of zeros is a missing one
+            parts.append(pool(model.encode(x, component_mask=there, layer=layer)).float().cpu())
     model.train(training)
     return torch.cat(parts).numpy()
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 
-from ..data.archive import Archive, build_manifest, write_archive, write_manifest
+from ..data.archive import DAY, Archive, build_manifest, write_archive, write_manifest
 from ..data.augment import AugmentConfig
 from ..data.datapipes import ShardDataset, write_split
 from ..data.embedded import SyntheticConfig, real_inventory, real_recordings, synthetic_network
@@ -34,7 +34,7 @@ from .pretraining import OnlineProbe, Pretraining, Throughput, TrainConfig, Wind
 from .probes import LabelledWindows, label_windows
 
 # %% auto #0
-__all__ = ['DataConfig', 'embedded_network', 'embedded_archive', 'embedded_labels', 'Prepared', 'limit_stations', 'open_shards',
+__all__ = ['DataConfig', 'embedded_network', 'embedded_archive', 'embedded_labels', 'Prepared', 'limit_manifest', 'open_shards',
            'prepare', 'build_trainer', 'pretrain', 'hydra_arguments', 'main']
 
 # %% ../../nbs/13_train.train.ipynb #13-010
@@ -51,6 +51,7 @@ class DataConfig:
     end: str = ""  # UTC
     anon: bool = True  # S3 without credentials
     max_stations: int = 0  # stations of the archive; 0: all
+    max_days: int = 0  # days of each station, the first ones; 0: all
     held_out: float = 0.1  # share of the stations that are validated on
     seed: int = 0  # of the held-out stations, of the shuffling and of the synthetic network
     shard_size: int = 10000  # windows per shard
@@ -66,7 +67,7 @@ class DataConfig:
     @property
     def augment(self) -> AugmentConfig | None:
         "Settings of the augmentations, or None where they are off."
-        settings = dict(self.augmentation)
+        settings = {"sampling_rate": self.processing.sampling_rate} | dict(self.augmentation)
         if not settings.pop("enabled", True):
             return None
         return settings_from_dict(AugmentConfig, settings, "data.augmentation")
@@ -84,7 +85,7 @@ def embedded_archive(
     seed: int = 0,  # of the synthetic network
 ) -> Archive:  # the archive, under SCEDC's keys
     "File the real recordings and the synthetic network as miniSEED and StationXML."
-    done = Path(folder) / f"complete-{seed}"
+    done = Path(folder) / "complete"
     if not done.exists():
         network = synthetic_network(embedded_network(seed))
         write_archive(folder, real_recordings() + network.stream, real_inventory() + network.inventory)
@@ -116,11 +117,15 @@ class Prepared:
     report: dict[str, Any]  # counts of objects and windows, of both parts
 
 
-def limit_stations(
+def limit_manifest(
     manifest: pd.DataFrame,  # a manifest
     most: int,  # stations to keep; 0: all
+    days: int = 0,  # days of each station to keep, the first ones; 0: all
 ) -> pd.DataFrame:  # a manifest with the first stations by name, of as many networks as there are
-    "Keep some stations, taking turns among the networks."
+    "Keep some stations, taking turns among the networks, and some days."
+    if days:
+        rank = (manifest.starttime // DAY).groupby([manifest.network, manifest.station]).rank("dense")
+        manifest = manifest[rank <= days].reset_index(drop=True)
     if not most:
         return manifest
     names = manifest[["network", "station"]].drop_duplicates().sort_values(["network", "station"])
@@ -136,9 +141,10 @@ def open_shards(
     folder = Path(config.directory)
     manifest, shards = folder / "manifest.parquet", folder / "shards"
     for part in ("train", "val"):
-        if not (shards / part / "index.json").exists():
+        if not any((shards / part).glob("index*.json")):
             raise FileNotFoundError(
-                f"there are no shards in {shards / part}: make them with `gp2vec manifest URL --output {manifest}` and "
+                f"there are no shards in {shards / part}: make them with `gp2vec manifest URL --output {manifest}`, "
+                f"`gp2vec metadata --archive URL --manifest {manifest} --output {folder / 'stations.parquet'}` and "
                 f"`gp2vec shards {manifest} --stations {folder / 'stations.parquet'} --output {shards}`, "
                 "or name an archive in data.archive"
             )
@@ -159,11 +165,13 @@ def prepare(
     with stage("archive"):
         embedded = config.archive == "embedded"
         archive = (
-            embedded_archive(folder / "archive", config.seed) if embedded else Archive(config.archive, anon=config.anon)
+            embedded_archive(folder / f"archive-{config.seed}", config.seed)
+            if embedded
+            else Archive(config.archive, anon=config.anon)
         )
     with stage("manifest"):
         bounds = (config.networks, config.stations, config.channels, config.start or None, config.end or None)
-        manifest = limit_stations(build_manifest(archive, *bounds), config.max_stations)
+        manifest = limit_manifest(build_manifest(archive, *bounds), config.max_stations, config.max_days)
         if manifest.empty:
             raise ValueError(
                 f"{config.archive} has no objects for {bounds}: widen networks, stations, channels, start or end"
@@ -199,6 +207,7 @@ def build_trainer(
         check_val_every_n_epoch=None if train.max_steps > 0 else 1,
         val_check_interval=train.max_steps if train.max_steps > 0 else 1.0,
         enable_progress_bar=shown, logger=CSVLogger(Path(output), name="", version=""),
+        reload_dataloaders_every_n_epochs=1,  # a new order each epoch
         callbacks=[saving, Throughput(), *([RichProgressBar()] if shown else []), *callbacks], **trainer,
     )  # fmt: skip
 
@@ -219,14 +228,21 @@ def pretrain(
     task = Pretraining(settings_to_dict(model), settings_to_dict(train), settings_to_dict(augment) if augment else None)
     last, table, done = Path(output) / "checkpoints" / "last.ckpt", Path(output) / "metrics.csv", 0
     if last.exists():
-        done = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
+        saved = torch.load(last, map_location="cpu", weights_only=True)
+        done = saved["global_step"]
+        if saved["hyper_parameters"]["model"] != settings_to_dict(model):
+            raise ValueError(f"{last} is of a model with other settings: choose another output, or remove it")
     if not 0 < train.max_steps <= done:
         before = pd.read_csv(table) if done and table.exists() else None
+        pl.seed_everything(train.seed + done, workers=True, verbose=False)
         runner = build_trainer(train, output, callbacks, progress, **trainer)
-        runner.fit(task, data, ckpt_path=last if done else None)
-        runner.save_checkpoint(last)
-        if before is not None:  # the logger starts its table anew
-            pd.concat([before[before.step < done], pd.read_csv(table)]).to_csv(table, index=False)
+        try:
+            runner.fit(task, data, ckpt_path=last if done else None)
+            runner.save_checkpoint(last)
+        finally:
+            if before is not None and runner.is_global_zero:  # the logger starts its table anew
+                new = [pd.read_csv(table)] if table.exists() else []
+                pd.concat([before[before.step < done], *new]).to_csv(table, index=False)
     judge = pl.Trainer(
         accelerator=trainer.get("accelerator", "auto"), devices=1, precision=trainer.get("precision"), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -246,6 +262,11 @@ def _main(cfg: DictConfig) -> None:
     if not data.metadata.get("enabled", True):
         model = replace(model, conditioning=replace(model.conditioning, fields=("log_scale",)))
     prepared = prepare(data)
+    rate = prepared.train.index.config.sampling_rate
+    if rate != model.sampling_rate:
+        raise ValueError(
+            f"the shards hold windows at {rate:g} Hz, and the model is for {model.sampling_rate:g} Hz: make others"
+        )
     windows = WindowData(prepared.train, prepared.val, data.batch_size, data.num_workers)
     probe = (
         [OnlineProbe(embedded_labels(data.processing).only("P", "S"), every=train.probe_every, layer=train.probe_layer)]
