@@ -267,8 +267,8 @@ _CAPTIONS = {
     "single step at the left.",
     "embeddings": "Labelled windows in the first two principal components. Colours that gather by station show what "
     "the site does; by label, what the representation knows of earthquakes.",
-    "probe": "A linear probe on frozen features, trained and tested on different events and stations. gp2vec is probed at "
-    "its frames before the transformer, where it is best after so short a training, and after the last layer.",
+    "probe": "A linear probe on frozen features, trained and tested on different events and stations. gp2vec and its "
+    "untrained twin are probed at the frames before the transformer; gp2vec also after its last layer.",
 }
 
 

@@ -118,8 +118,8 @@ def log_spectra(
 class RandomProjectionQuantizer(nn.Module):
     "Frozen codes of short-time spectra ([BEST-RQ](https://arxiv.org/abs/2202.01855)); the waveform alone decides."
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # average log spectra, (C, window // 2)
+    std: Tensor  # their spread, (C, window // 2); zero before `calibrate`
     projection: Tensor
     codevectors: Tensor
 
@@ -141,19 +141,14 @@ class RandomProjectionQuantizer(nn.Module):
         self.register_buffer("projection", torch.randn(num_codebooks, in_channels * bins, width))
         self.register_buffer("codevectors", F.normalize(torch.randn(num_codebooks, codebook_size, width), dim=-1))
 
-    @property
-    def calibrated(self) -> bool:  # whether `calibrate` has been called
-        "Whether the averages of spectra are known."
-        return bool((self.std > 0).all())
-
     def spectra(
         self,
         waveforms: Tensor,  # normalised waveforms, (B, C, N)
         frames: int,  # number of frames, T
     ) -> tuple[Tensor, Tensor]:  # log spectra, (B, T, C, window // 2); which components are there, (B, 1, C, 1) bool
         "Log spectra around the frames."
-        there = waveforms.abs().amax(-1)[:, None, :, None] > 0
-        return log_spectra(waveforms, self.window, self.stride, self.offset, frames), there
+        values = log_spectra(waveforms, self.window, self.stride, self.offset, frames)
+        return values, waveforms.abs().amax(-1)[:, None, :, None] > 0
 
     @torch.no_grad()
     def calibrate(
@@ -162,7 +157,7 @@ class RandomProjectionQuantizer(nn.Module):
     ) -> None:
         "Measure mean and standard deviation of the log spectra, per component and frequency."
         values, there = self.spectra(waveforms, (waveforms.shape[-1] - self.window) // self.stride)
-        values = values[:, self.window // self.stride :]  # the first ones look beyond the start
+        values = values[:, self.window // self.stride :]  # the first ones see nothing before the start
         weight = there / (there.sum(0) * values.shape[1]).clamp_min(1)
         self.mean.copy_((values * weight).sum((0, 1)))
         std = ((values - self.mean).square() * weight).sum((0, 1)).sqrt()

@@ -143,7 +143,8 @@ def first_windows(
     "The first windows of a loader."
     found: list[torch.Tensor] = []
     for batch in loader:
-        found.append(normalise(batch["waveform"], batch["component_mask"])[0])
+        x = normalise(batch["waveform"], batch["component_mask"])[0]
+        found.append(x[x.isfinite().all(-1).all(-1)])  # a broken window is the training step's to name
         if sum(map(len, found)) >= most:
             break
     if not found:
@@ -186,7 +187,7 @@ class Pretraining(pl.LightningModule):
     def on_fit_start(self):
         "Measure the average spectra that frozen codes are relative to, on the first windows to learn from."
         quantizer = self.model.quantizer
-        if isinstance(quantizer, RandomProjectionQuantizer) and not quantizer.calibrated:
+        if isinstance(quantizer, RandomProjectionQuantizer) and not quantizer.std.any():
             quantizer.calibrate(first_windows(cast(Any, self.trainer).datamodule.train_dataloader()).to(self.device))
             for buffer in (quantizer.mean, quantizer.std):  # all processes take those of the first
                 buffer.copy_(self.trainer.strategy.broadcast(buffer))

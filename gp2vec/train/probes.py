@@ -121,7 +121,7 @@ def label_windows(
                 rows.append(pick._asdict() | {"label": label, "onset": onset, "start": start, "log_scale": cut[1]})
     if not rows:
         raise ValueError(
-            f"none of {len(picks)} picks lies in a usable stretch of {len(stream)} traces: check station codes and times"
+            f"none of {len(picks)} picks lies in a usable stretch of {len(stream)} traces: check codes and times"
         )
     table = pd.DataFrame(rows).drop(columns="Index")
     return LabelledWindows(np.stack(waveforms), table, config.sampling_rate)
