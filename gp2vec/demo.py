@@ -235,12 +235,13 @@ def plot_probe(
 def plot_windows(
     waveforms: list[np.ndarray],  # windows, (3, N) each
     names: list[str],  # what they are
-) -> Figure:  # their vertical components
+) -> Figure:  # the first component that is there, of each
     "A few windows of what was learned from."
     figure = _figure(1.1 * len(waveforms))
     axes = figure.subplots(len(waveforms), 1, sharex=True, squeeze=False)[:, 0]
     for ax, x, name in zip(axes, waveforms, names, strict=True):
-        ax.plot(_times(x.shape[1]), x[0], color="C3" if name.startswith("XX") else "k", lw=0.6)
+        there = next((row for row in x if row.any()), x[0])
+        ax.plot(_times(x.shape[1]), there, color="C3" if name.startswith("XX") else "k", lw=0.6)
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
         ax.set(yticks=[])
     axes[-1].set(xlabel="time (s)", xlim=(0, waveforms[0].shape[1] / 100))
@@ -257,7 +258,7 @@ td:first-child,th:first-child{text-align:left}.good{background:#e8f5e9}.bad{back
 
 
 _CAPTIONS = {
-    "windows": "What was learned from: vertical components, each window scaled to unit variance. Black: real. "
+    "windows": "What was learned from: the vertical, or what there is, each window scaled to unit variance. Black: real. "
     "Red (network XX): synthetic.",
     "masking": "A held-out window as the model met it. Grey spans were hidden. Below, a tick per frame: green where "
     "the hidden code was told, red where not.",

@@ -765,11 +765,11 @@ def refine_manifest(
 
 def build_manifest(
     archive: Archive | str | os.PathLike,  # archive or its URL
-    networks: str | Sequence[str] = (),  # as in `Archive.list`
-    stations: str | Sequence[str] = (),  # as in `Archive.list`
-    channels: str | Sequence[str] = (),  # as in `Archive.list`
-    start: str | int | obspy.UTCDateTime | None = None,  # as in `Archive.list`
-    end: str | int | obspy.UTCDateTime | None = None,  # as in `Archive.list`
+    networks: str | Sequence[str] = (),  # as in the archive's `list`
+    stations: str | Sequence[str] = (),  # as in the archive's `list`
+    channels: str | Sequence[str] = (),  # as in the archive's `list`
+    start: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
+    end: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
     refine: bool = False,  # read the headers of every object too
 ) -> pd.DataFrame:  # manifest, columns `MANIFEST_COLUMNS`
     "The table of an archive's objects."

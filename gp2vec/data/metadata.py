@@ -79,10 +79,11 @@ def _structure(response: Response | None) -> str:
 # %% ../../nbs/02_data.metadata.ipynb #02-011
 def response_curve(
     channel: Channel,  # one channel epoch with its response
-    frequencies: np.ndarray = RESPONSE_FREQUENCIES,  # Hz, (F,)
+    frequencies: np.ndarray | None = None,  # Hz, (F,); None: `RESPONSE_FREQUENCIES`
 ) -> ResponseCurve:  # the response in the channel's own unit of motion
     "Evaluate a response and check it against its stated sensitivity; a broken one is flagged and never raises."
-    response, frequencies = channel.response, np.asarray(frequencies, float)
+    response = channel.response
+    frequencies = np.asarray(RESPONSE_FREQUENCIES if frequencies is None else frequencies, float)
     gain, reference = _sensitivity(response)
     values, check, flag = np.full(len(frequencies), np.nan, complex), np.nan, _structure(response)
     if not flag:
