@@ -258,8 +258,8 @@ td:first-child,th:first-child{text-align:left}.good{background:#e8f5e9}.bad{back
 
 
 _CAPTIONS = {
-    "windows": "What was learned from: the vertical, or what there is, each window scaled to unit variance. Black: real. "
-    "Red (network XX): synthetic.",
+    "windows": "What was learned from: the vertical, or what there is, each window scaled to unit variance. Black: "
+    "real. Red (network XX): synthetic.",
     "masking": "A held-out window as the model met it. Grey spans were hidden. Below, a tick per frame: green where "
     "the hidden code was told, red where not.",
     "curves": "The run. Loss alone proves nothing: accuracy has to leave the guesser behind, perplexity has to stay "
