@@ -298,7 +298,9 @@ def main(
     arguments: Sequence[str] | None = None,  # Hydra's overrides; None: those of the command line
 ) -> int:  # exit status
     "Pretrain from a configuration; a wrong setting or missing data is one sentence and status 2."
-    given, sys.argv = sys.argv, [sys.argv[0], *hydra_arguments(sys.argv[1:] if arguments is None else arguments)]
+    overrides = hydra_arguments(sys.argv[1:] if arguments is None else arguments)
+    # Hydra would leave a log file behind even where it refuses the settings.
+    given, sys.argv = sys.argv, [sys.argv[0], "hydra/job_logging=stdout", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _main()
