@@ -5,14 +5,18 @@
 # %% ../../nbs/09_models.conditioning.ipynb #09-003
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['FIELDS', 'ConditioningConfig', 'encode_fields', 'StationEncoder']
+__all__ = ['FIELDS', 'WORDS', 'RESPONSE_FREQUENCIES', 'ConditioningConfig', 'encode_fields', 'index_words', 'encode_response',
+           'ResponseEncoder', 'metadata_from_rows', 'vocabularies', 'StationEncoder']
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-006
 def _angle(degrees):
@@ -26,7 +30,7 @@ def _place(latitude, longitude):
 
 
 def _log(scale):
-    return lambda x: (x.clamp_min(1e-12).log10() / scale)[:, None]
+    return lambda x: (x.abs().clamp_min(1e-12).log10() / scale)[:, None]
 
 
 FIELDS = {
@@ -36,11 +40,24 @@ FIELDS = {
     ("azimuth",): (_angle, 2),  # degrees from north, of the component that is N
     ("dip",): (_angle, 2),  # degrees down from horizontal, of the component that is Z
     ("sampling_rate",): (_log(1.0), 1),  # Hz, as recorded
-    ("gain",): (_log(5.0), 1),  # counts per unit of ground motion
+    ("gain",): (_log(5.0), 1),  # counts per unit of ground motion; a reversed polarity is not told
     ("log_scale",): (lambda x: x[:, None] / 5, 1),  # log10 of the window's scale
 }
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-008
+WORDS = {  # key in the metadata -> setting with its vocabulary
+    "network": "networks",
+    "band": "bands",
+    "sensor": "sensors",
+    "datalogger": "dataloggers",
+    "station": "stations",
+}
+
+
+def _fold(word):
+    return " ".join(word.split()).casefold() if isinstance(word, str) else ""
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-009
 @dataclass(frozen=True)
 class ConditioningConfig:
     "Settings of the station conditioning."
@@ -48,17 +65,46 @@ class ConditioningConfig:
     fields: tuple[str, ...] = ("latitude", "longitude", "elevation", "depth", "sampling_rate", "log_scale")  # used ones
     hidden_dim: int = 64  # width of the MLP
     dropout: float = 0.4  # chance per sample that a field group is withheld in training
+    fusion: str = "add"  # "add": to the frames; "film": scale and shift in each layer; "cross_attention": to tokens
+    response: bool = False  # use the instrument's response curve
+    networks: tuple[str, ...] = ()  # network codes to know; empty: not used, as for all words
+    bands: tuple[str, ...] = ()  # band codes to know, first letters of channel codes
+    sensors: tuple[str, ...] = ()  # names of sensors to know, as the station table has them
+    dataloggers: tuple[str, ...] = ()  # names of dataloggers to know
+    stations: tuple[
+        str, ...
+    ] = ()  # stations to know, "NETWORK.STATION"; a model that knows them may learn nothing else
 
     def __post_init__(self):
-        "Refuse fields that do not exist or come without their twin."
+        "Refuse fields that do not exist or come without their twin, and words that are none."
         known = [name for group in FIELDS for name in group]
-        for name in self.fields:
+        for name in self.fields or ("",):
             if name not in known:
-                raise ValueError(f"conditioning.fields knows {', '.join(known)}, not {name!r}")
+                raise ValueError(f"conditioning.fields is one or more of {', '.join(known)}, not {name!r}")
         if ("latitude" in self.fields) != ("longitude" in self.fields):
             raise ValueError("conditioning.fields takes latitude and longitude together")
+        if self.fusion not in ("add", "film", "cross_attention"):
+            raise ValueError(f"conditioning.fusion is 'add', 'film' or 'cross_attention', not {self.fusion!r}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"conditioning.dropout is a share from 0 to 1, not {self.dropout}")
+        for name in WORDS.values():
+            words = getattr(self, name)
+            if odd := [word for word in words if not _fold(word)]:
+                raise ValueError(
+                    f"conditioning.{name} takes words, not {odd[0]!r}: put them in quotes, YAML reads NO as no"
+                )
+            if len({_fold(word) for word in words}) < len(words):
+                raise ValueError(
+                    f"conditioning.{name} names a word twice (case and spaces aside): leave one of them out"
+                )
 
-# %% ../../nbs/09_models.conditioning.ipynb #09-010
+# %% ../../nbs/09_models.conditioning.ipynb #09-012
+def _one_each(name, value, *shape):
+    if tuple(value.shape) != shape:
+        raise ValueError(f"metadata[{name!r}] has one value per window, {shape}, not {tuple(value.shape)}")
+    return value
+
+
 def encode_fields(
     metadata: Mapping[str, Tensor] | None,  # field -> values, (B,), NaN where unknown
     fields: tuple[str, ...],  # fields to use
@@ -74,11 +120,7 @@ def encode_fields(
         for name in names:
             value = (metadata or {}).get(name)
             value = torch.full((batch_size,), torch.nan) if value is None else torch.as_tensor(value)
-            if value.shape != (batch_size,):
-                raise ValueError(
-                    f"metadata[{name!r}] has one value per window, ({batch_size},), not {tuple(value.shape)}"
-                )
-            values.append(value.to(device, torch.float32))
+            values.append(_one_each(name, value, batch_size).to(device, torch.float32))
         there = torch.stack(values).isfinite().all(0)
         feature = transform(*(torch.where(there, value, 1.0) for value in values))
         columns.append(feature * there[:, None])
@@ -86,9 +128,155 @@ def encode_fields(
         assert feature.shape == (batch_size, width)
     return torch.cat(columns, -1), torch.stack(known, -1)
 
-# %% ../../nbs/09_models.conditioning.ipynb #09-014
+# %% ../../nbs/09_models.conditioning.ipynb #09-016
+def index_words(
+    words: Sequence[str | None] | Tensor | None,  # one per window, (B,); a tensor holds indices already; None: unknown
+    vocabulary: tuple[str, ...],  # the words to know
+    batch_size: int,  # B
+) -> Tensor:  # place in the vocabulary, (B,) int64; -1 where unknown
+    "Look words up; for `torch.compile` and export do it beforehand and give the indices to the model."
+    if words is None:
+        return torch.full((batch_size,), -1)
+    if not isinstance(words, Tensor):
+        place = {_fold(word): i for i, word in enumerate(vocabulary)}
+        words = torch.tensor([place.get(_fold(word), -1) for word in words])
+    return torch.where((words >= 0) & (words < len(vocabulary)), words, -1)
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-019
+RESPONSE_FREQUENCIES = torch.logspace(-2, math.log10(50), 32, dtype=torch.float64)  # Hz, those of the station table
+_CURVE = ("response_amplitude", "response_phase", "response_valid")
+
+
+def encode_response(
+    metadata: Mapping[str, Any] | None,  # response_amplitude, response_phase, response_valid: (B, 32) each
+    batch_size: int,  # B
+    device: torch.device | str = "cpu",  # where the result lives
+) -> tuple[Tensor, Tensor]:  # log amplitude, sine, cosine, validity, (B, 4, 32), 0 where invalid; known, (B,) bool
+    "Turn response curves into features; what stands at an invalid frequency changes nothing."
+    curves = [(metadata or {}).get(name) for name in _CURVE]
+    shape = (batch_size, len(RESPONSE_FREQUENCIES))
+    if any(curve is None for curve in curves):
+        return torch.zeros(batch_size, 4, shape[1], device=device), torch.zeros(
+            shape[0], dtype=torch.bool, device=device
+        )
+    checked = (_one_each(n, torch.as_tensor(c), *shape) for n, c in zip(_CURVE, curves, strict=True))
+    amplitude, phase, valid = (
+        c.to(device, t) for c, t in zip(checked, (torch.float, torch.float, torch.bool), strict=True)
+    )
+    valid = valid & amplitude.isfinite() & (amplitude > 0) & phase.isfinite()
+    level = torch.where(valid, amplitude, 1.0).log10().masked_fill(~valid, -torch.inf)
+    level = level - level.amax(-1, keepdim=True)
+    channels = torch.stack([level, phase.sin(), phase.cos(), torch.ones_like(level)], 1)
+    return torch.where(valid[:, None], channels, 0.0), valid.any(-1)
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-020
+class ResponseEncoder(nn.Module):
+    "Response curves to one vector each by convolutions along frequency."
+
+    def __init__(
+        self,
+        hidden_dim: int,  # width of the vector
+    ):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv1d(4, 32, 5, stride=2, padding=2), nn.GELU(), nn.Conv1d(32, 32, 5, stride=2, padding=2), nn.GELU()
+        )
+        self.leave = nn.Linear(32 * math.ceil(len(RESPONSE_FREQUENCIES) / 4), hidden_dim)
+
+    def forward(
+        self,
+        channels: Tensor,  # of `encode_response`, (B, 4, 32)
+    ) -> Tensor:  # (B, hidden_dim)
+        "Read the curves."
+        return self.leave(self.convs(channels).flatten(1))
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-022
+_TURNS = {"M": -1, "M/S": 0, "M/S**2": 1}  # unit of motion -> derivatives of velocity
+
+
+def _number(value):
+    return float(value) if isinstance(value, int | float) or hasattr(value, "__float__") else math.nan
+
+
+def _curves(row):
+    "Amplitude, phase and validity of the response to velocity, each (32,)."
+    size, turns = len(RESPONSE_FREQUENCIES), _TURNS.get(row.get("input_units"))
+    curve = [row.get(name) for name in _CURVE]
+    if turns is None or any(values is None for values in curve):
+        return torch.full((size,), math.nan), torch.full((size,), math.nan), torch.zeros(size, dtype=torch.bool)
+    amplitude, phase = (torch.tensor([*values], dtype=torch.float64) for values in curve[:2])
+    amplitude = amplitude * (2 * math.pi * RESPONSE_FREQUENCIES) ** turns
+    phase = phase + turns * math.pi / 2
+    return amplitude.float(), phase.float(), torch.tensor([*curve[2]], dtype=torch.bool)
+
+
+def _words(row):
+    station = f"{row.get('network')}.{row.get('station')}" if row.get("network") and row.get("station") else ""
+    channel = row.get("channel")
+    found = {**row, "station": station, "band": channel[:1] if isinstance(channel, str) else row.get("band")}
+    return {name: word if isinstance(word := found.get(name), str) else "" for name in WORDS}
+
+
+def _records(rows):
+    if rows is None or isinstance(rows, Mapping):
+        return [rows or {}]
+    if hasattr(rows, "to_dict"):  # of pandas
+        rows = rows.to_dict("records") if rows.ndim == 2 else [rows.to_dict()]
+    return [row.to_dict() if hasattr(row, "to_dict") else row or {} for row in rows]
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-023
+def metadata_from_rows(
+    rows: Mapping[str, Any] | Iterable[Any] | None,  # one row of the station table, or one per window; None: unknown
+) -> dict[str, Any]:  # numbers (B,) float32, words (lists of B), response curves (B, 32): what the model takes
+    "Metadata of windows from rows of the station table: dictionaries, a series, a data frame, or a list of these."
+    records = _records(rows)
+    if not records:
+        raise ValueError(
+            "expected a row of the station table for each window, and there is none: give None where unknown"
+        )
+    numbers = {name: [_number(row.get(name)) for row in records] for group in FIELDS for name in group}
+    for i, row in enumerate(records):
+        # A direction is that of one component; of the others' rows it would say something else.
+        part = (row.get("channel") or "?")[-1:]
+        numbers["azimuth"][i] = numbers["azimuth"][i] if part in "N1?" else math.nan
+        numbers["dip"][i] = numbers["dip"][i] if part in "Z3?" else math.nan
+    known: dict[str, Any] = {name: torch.tensor(values) for name, values in numbers.items()}
+    words = [_words(row) for row in records]
+    known |= {name: [word[name] for word in words] for name in WORDS}
+    curves = zip(*(_curves(row) for row in records), strict=True)
+    return known | {name: torch.stack(curve) for name, curve in zip(_CURVE, curves, strict=True)}
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-024
+def vocabularies(
+    rows: Iterable[Any],  # rows of the station table to learn from, such as the data frame
+    stations: bool = False,  # also the stations themselves
+) -> dict[str, tuple[str, ...]]:  # setting -> words found, sorted
+    "The words of a station table, as `ConditioningConfig` takes them."
+    found = [_words(row) for row in _records(rows)]
+    names = [name for name in WORDS if stations or name != "station"]
+    spelt = {name: {_fold(words[name]): words[name] for words in found if _fold(words[name])} for name in names}
+    return {WORDS[name]: tuple(sorted(words.values())) for name, words in spelt.items()}
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-029
+def _others(encoder: StationEncoder, metadata: Mapping[str, Any] | None, batch_size: int) -> tuple[Tensor, Tensor]:
+    "Vectors of words and of the response, (B, things, hidden), and which of them are known, (B, things)."
+    like, vectors, known = encoder.unknown, [], []
+    for name, embedding in encoder.words.items():
+        index = index_words((metadata or {}).get(name), getattr(encoder.config, WORDS[name]), batch_size)
+        index = _one_each(name, index, batch_size).to(like.device)
+        vectors.append(embedding(index.clamp_min(0)))
+        known.append(index >= 0)
+    if encoder.response is not None:
+        channels, there = encode_response(metadata, batch_size, like.device)
+        vectors.append(encoder.response(channels.to(like.dtype)))
+        known.append(there)
+    if not known:
+        return like.new_zeros(batch_size, 0, like.shape[1]), like.new_zeros(batch_size, 0, dtype=torch.bool)
+    return torch.stack(vectors, 1), torch.stack(known, 1)
+
+# %% ../../nbs/09_models.conditioning.ipynb #09-030
 class StationEncoder(nn.Module):
-    "Metadata to one vector of the model's width, with a learned *unknown* per group of fields."
+    "Metadata to a vector, or to tokens, of the model's width, with a learned *unknown* for each thing."
 
     owner: Tensor  # the group that each feature belongs to, (features,)
 
@@ -98,22 +286,39 @@ class StationEncoder(nn.Module):
         config: ConditioningConfig = ConditioningConfig(),  # noqa: B008  frozen, so safe to share
     ):
         super().__init__()
-        self.config = config
+        self.config, hidden = config, config.hidden_dim
         groups = [names for names in FIELDS if set(names) <= set(config.fields)]
         widths = [FIELDS[names][1] for names in groups]
+        words = {name: getattr(config, setting) for name, setting in WORDS.items() if getattr(config, setting)}
         self.register_buffer("owner", torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(widths)))
-        self.unknown = nn.Parameter(torch.zeros(len(groups), config.hidden_dim))
-        self.enter = nn.Linear(sum(widths), config.hidden_dim)
-        self.leave = nn.Sequential(nn.GELU(), nn.Linear(config.hidden_dim, dim))
+        self.unknown = nn.Parameter(torch.zeros(len(groups) + len(words) + config.response, hidden))
+        self.enter = nn.Linear(sum(widths), hidden)
+        self.leave = nn.Sequential(nn.GELU(), nn.Linear(hidden, dim))
+        self.words = nn.ModuleDict({name: nn.Embedding(len(known), hidden) for name, known in words.items()})
+        self.response = ResponseEncoder(hidden) if config.response else None
+        # Tokens are told apart by what they are about.
+        self.role = nn.Parameter(torch.randn_like(self.unknown)) if config.fusion == "cross_attention" else None
 
     def forward(
         self,
-        metadata: Mapping[str, Tensor] | None,  # field -> values, (B,), NaN where unknown; None: nothing is known
+        metadata: Mapping[str, Any] | None,  # field -> values, (B,), NaN where unknown; None: nothing is known
         batch_size: int,  # B
-    ) -> Tensor:  # what to add to every frame of each window, (B, D)
+    ) -> Tensor:  # (B, D) to add to every frame or for FiLM; (B, things, D) for cross-attention
         "Encode what is known of the station and of the window's scale."
-        features, known = encode_fields(metadata, self.config.fields, batch_size, self.unknown.device)
-        if self.training:
-            known = known & (torch.rand(known.shape, device=known.device) >= self.config.dropout)
-        features = features * known[:, self.owner]
-        return self.leave(self.enter(features) + (~known).float() @ self.unknown)
+        device = self.unknown.device
+        amp = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if amp else nullcontext():
+            features, known = encode_fields(metadata, self.config.fields, batch_size, device)
+            others, there = _others(self, metadata, batch_size)
+            known = torch.cat([known, there], 1)
+            if self.training:
+                known = known & (torch.rand(known.shape, device=known.device) >= self.config.dropout)
+            features = (features * known[:, self.owner]).to(self.unknown.dtype)
+            others = others * known[:, known.shape[1] - others.shape[1] :, None]
+            missing = (~known).to(self.unknown.dtype)
+            if self.role is None:
+                hidden = self.enter(features) + missing @ self.unknown
+                return self.leave(hidden + others.sum(1) if others.shape[1] else hidden)
+            each = torch.arange(int(known.shape[1]) - others.shape[1], device=device)[:, None] == self.owner
+            tokens = torch.cat([self.enter(features[:, None] * each), others], 1)
+            return self.leave(tokens + missing[..., None] * self.unknown + self.role)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'ChannelNorm', 'EncoderConfig', 'FeatureEncoder']
+__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'conv_layers_for', 'frame_mask', 'ChannelNorm', 'TimeNorm',
+           'EncoderConfig', 'FeatureEncoder']
 
 # %% ../../nbs/06_models.encoder.ipynb #06-008
 class ConvLayer(NamedTuple):
@@ -45,7 +46,37 @@ def frame_geometry(
         stride *= layer.stride
     return stride, field
 
-# %% ../../nbs/06_models.encoder.ipynb #06-016
+# %% ../../nbs/06_models.encoder.ipynb #06-013
+def conv_layers_for(
+    rate: float,  # sampling rate of the waveforms, Hz
+    channels: int = 512,  # feature channels of every layer
+    kernels: Sequence[float] = (0.11, 0.1, 0.2),  # span of each layer's kernel, seconds
+    spacings: Sequence[float] = (0.02, 0.04, 0.04),  # time between outputs of each layer, seconds
+) -> tuple[ConvLayer, ...]:  # convolutions, in order
+    "Convolutions with about the same lenses in seconds at any rate; the defaults are those of the base preset."
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"a sampling rate is a positive number of Hz, not {rate}")
+    if len(kernels) != len(spacings) or not kernels:
+        raise ValueError(f"each layer has a kernel and a spacing, and there are {len(kernels)} and {len(spacings)}")
+    layers, step = [], 1  # step: samples of the waveform between inputs of the layer
+    for kernel, spacing in zip(kernels, spacings, strict=True):
+        stride = max(round(spacing * rate / step), 1)
+        layers.append(ConvLayer(channels, max(round(kernel * rate / step), stride), stride))
+        step *= stride
+    return tuple(layers)
+
+# %% ../../nbs/06_models.encoder.ipynb #06-018
+def frame_mask(
+    conv_layers: Sequence[ConvLayer],  # the encoder's convolutions
+    lengths: Tensor,  # real samples of each window, (B,)
+    samples: int,  # samples of the padded windows, N
+) -> Tensor:  # which frames saw real samples only, (B, T) bool
+    "Which frames of padded windows are real, as the context network wants to know."
+    for layer in conv_layers:
+        lengths = ((lengths - layer.kernel_size) // layer.stride + 1).clamp_min(0)
+    return torch.arange(frame_count(conv_layers, samples), device=lengths.device) < lengths[:, None]
+
+# %% ../../nbs/06_models.encoder.ipynb #06-021
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of each frame."
 
@@ -56,7 +87,26 @@ class ChannelNorm(nn.LayerNorm):
         "Normalise each frame over its channels."
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
-# %% ../../nbs/06_models.encoder.ipynb #06-019
+# %% ../../nbs/06_models.encoder.ipynb #06-022
+class TimeNorm(nn.GroupNorm):
+    "Norm of each channel over time, that may leave padding out of its statistics."
+
+    def forward(
+        self,
+        x: Tensor,  # frames, (B, D, T)
+        real: Tensor | None = None,  # which frames are real, (B, T) bool; None: all
+    ) -> Tensor:  # normalised frames, (B, D, T)
+        "Normalise each channel over the real frames of its window, in float32."
+        if real is None:
+            return super().forward(x)
+        real, y = real[:, None], x.float()
+        count = real.sum(-1, keepdim=True).clamp_min(1)
+        mean = torch.where(real, y, 0).sum(-1, keepdim=True) / count
+        y = torch.where(real, y - mean, 0)
+        y = y * (y.square().sum(-1, keepdim=True) / count + self.eps).rsqrt()
+        return (y * self.weight[:, None] + self.bias[:, None]).to(x.dtype)
+
+# %% ../../nbs/06_models.encoder.ipynb #06-026
 @dataclass(frozen=True)
 class EncoderConfig:
     "Settings of the feature encoder."
@@ -72,8 +122,35 @@ class EncoderConfig:
             raise ValueError(f"feature_encoder.norm is 'layer' or 'group', not {self.norm!r}")
         if not self.conv_layers:
             raise ValueError("feature_encoder.conv_layers needs one convolution or more, and is empty")
+        if self.in_channels < 1:
+            raise ValueError(f"feature_encoder.in_channels is one component or more, not {self.in_channels}")
+        for layer in self.conv_layers:
+            if min(layer) < 1:
+                raise ValueError(
+                    "feature_encoder.conv_layers have channels, kernel_size and stride of 1 or more, "
+                    f"not {tuple(layer)}"
+                )
 
-# %% ../../nbs/06_models.encoder.ipynb #06-021
+# %% ../../nbs/06_models.encoder.ipynb #06-028
+def _check(config: EncoderConfig, waveforms: Tensor, component_mask: Tensor | None) -> None:
+    "Refuse waveforms and masks of another shape than the encoder's."
+    expected = config.in_channels
+    if waveforms.ndim != 3 or waveforms.shape[1] != expected:
+        raise ValueError(
+            f"waveforms are (batch, {expected} components, samples), not {tuple(waveforms.shape)}: "
+            "fill missing components with zeros and say so in component_mask"
+        )
+    if frame_count(config.conv_layers, waveforms.shape[2]) < 1:
+        field = frame_geometry(config.conv_layers)[1]
+        raise ValueError(f"waveforms of {waveforms.shape[2]} samples are shorter than one frame of {field} samples")
+    asked = tuple(waveforms.shape[:2])
+    if component_mask is not None and (component_mask.dtype != torch.bool or tuple(component_mask.shape) != asked):
+        raise ValueError(
+            f"component_mask is bool and {asked}, one per window and component, not "
+            f"{component_mask.dtype} and {tuple(component_mask.shape)}"
+        )
+
+# %% ../../nbs/06_models.encoder.ipynb #06-029
 class FeatureEncoder(nn.Module):
     "Convolutions, each followed by its norm and a GELU ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), section 2)."
 
@@ -90,7 +167,7 @@ class FeatureEncoder(nn.Module):
             nn.init.kaiming_normal_(conv.weight)
             self.convs.append(conv)
             channels = layer.channels
-            group = nn.GroupNorm(channels, channels) if i == 0 else nn.Identity()
+            group = TimeNorm(channels, channels) if i == 0 else nn.Identity()
             self.norms.append(ChannelNorm(channels) if config.norm == "layer" else group)
         self.missing = nn.Parameter(torch.zeros(config.in_channels, config.conv_layers[0].channels))
 
@@ -98,24 +175,28 @@ class FeatureEncoder(nn.Module):
         self,
         waveforms: Tensor,  # normalised waveforms, (B, C, N), about unit variance
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
-    ) -> Tensor:  # frames, (B, T, D)
+        lengths: Tensor | None = None,  # real samples of windows padded at their end, (B,); None: all
+    ) -> Tensor:  # frames, (B, T, D); those that `frame_mask` calls not real mean nothing
         "Encode waveforms into frames; a wrong number of components or a waveform without one frame is a ValueError."
-        self._check(waveforms)
-        x = waveforms if component_mask is None else waveforms * component_mask[:, :, None]
+        _check(self.config, waveforms, component_mask)
+        x = waveforms
+        if lengths is not None:
+            x = x.masked_fill((torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[:, None], 0)
+        if component_mask is not None:
+            x = x.masked_fill(~component_mask[:, :, None], 0)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
-            if i == 0 and component_mask is not None:
-                x = x + ((~component_mask).to(x.dtype) @ self.missing)[:, :, None]
-            x = F.gelu(norm(x))
+            told = i == 0 and component_mask is not None
+            if told and not isinstance(norm, TimeNorm):
+                x = x + self._missing(component_mask)
+            if isinstance(norm, TimeNorm) and lengths is not None:
+                x = norm(x, frame_mask(self.config.conv_layers[:1], lengths, waveforms.shape[2]))
+            else:
+                x = norm(x)
+            if told and isinstance(norm, TimeNorm):  # which would take away what is the same at all times
+                x = x + self._missing(component_mask)
+            x = F.gelu(x)
         return x.transpose(1, 2)
 
-    def _check(self, waveforms):
-        expected = self.config.in_channels
-        if waveforms.ndim != 3 or waveforms.shape[1] != expected:
-            raise ValueError(
-                f"waveforms are (batch, {expected} components, samples), not {tuple(waveforms.shape)}: "
-                "fill missing components with zeros and say so in component_mask"
-            )
-        if frame_count(self.config.conv_layers, waveforms.shape[2]) < 1:
-            field = frame_geometry(self.config.conv_layers)[1]
-            raise ValueError(f"waveforms of {waveforms.shape[2]} samples are shorter than one frame of {field} samples")
+    def _missing(self, component_mask):
+        return ((~component_mask).to(self.missing.dtype) @ self.missing)[:, :, None]

@@ -6,42 +6,74 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .conditioning import ConditioningConfig, StationEncoder
-from .encoder import ConvLayer, EncoderConfig, FeatureEncoder, frame_count, frame_geometry
-from .quantizer import Quantized, QuantizerConfig, build_quantizer, hard_perplexity
+from .conditioning import ConditioningConfig, StationEncoder, index_words
+from .encoder import ConvLayer, EncoderConfig, FeatureEncoder, frame_count, frame_geometry, frame_mask
+from gp2vec.models.quantizer import (
+    Quantized,
+    QuantizerConfig,
+    build_quantizer,
+    code_share,
+    hard_perplexity,
+)
 from .transformer import ContextConfig, ContextEncoder
 
 # %% auto #0
-__all__ = ['PRESETS', 'normalise', 'span_mask', 'pack', 'sample_negatives', 'Answer', 'contrastive', 'code_prediction',
-           'settings_from_dict', 'settings_to_dict', 'GP2VecConfig', 'Pretext', 'Backbone', 'GP2Vec']
+__all__ = ['BANDS', 'CLASSES', 'OBJECTIVES', 'PRESETS', 'normalise', 'spread_spans', 'span_mask', 'pack', 'sample_negatives',
+           'Answer', 'contrastive', 'code_prediction', 'settings_from_dict', 'settings_to_dict', 'TasksConfig',
+           'task_labels', 'GP2VecConfig', 'Pretext', 'TaskHead', 'SpectrogramBranch', 'Backbone', 'GP2Vec', 'Encode']
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-008
 def normalise(
     waveforms: Tensor,  # (B, C, N), any unit
     component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
-) -> tuple[Tensor, Tensor]:  # waveforms of unit variance over the real components; log10 of the scale, (B,)
+    lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
+) -> tuple[Tensor, Tensor]:  # waveforms of unit variance over what is real, zero elsewhere; log10 of the scale, (B,)
     "Remove each component's mean, divide by one root mean square for all; a dead trace stays zero, its scale -inf."
     # A large offset needs float64, which Apple's GPUs lack.
     x = waveforms.float() if waveforms.device.type == "mps" else waveforms.double()
-    x = x - x.mean(-1, keepdim=True)
-    if component_mask is not None:
-        x = x * component_mask[:, :, None]
+    if component_mask is not None:  # what stands in for a missing component may be anything
+        x = x.masked_fill(~component_mask[:, :, None], 0)
     real = x.shape[1] if component_mask is None else component_mask.sum(-1).clamp_min(1)
-    power = x.square().mean(-1).sum(-1) / real
+    if lengths is None:
+        x = x - x.mean(-1, keepdim=True)
+        power = x.square().mean(-1).sum(-1) / real
+    else:
+        padding = (torch.arange(x.shape[-1], device=x.device) >= lengths[:, None])[:, None]
+        x, samples = x.masked_fill(padding, 0), lengths[:, None].clamp_min(1)
+        x = (x - x.sum(-1, keepdim=True) / samples[..., None]).masked_fill(padding, 0)
+        power = (x.square().sum(-1) / samples).sum(-1) / real
     x = x / power.sqrt().clamp_min(torch.finfo(x.dtype).tiny)[:, None, None]
     return x.to(waveforms.dtype), 0.5 * power.log10().to(waveforms.dtype)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-011
+def spread_spans(
+    starts: Tensor,  # first frame of every span, (B, spans)
+    frames: int,  # T
+    length: int,  # frames of one span
+) -> Tensor:  # True where a frame is hidden, (B, T) bool
+    "Hide `length` frames from every start on."
+    hidden = (starts[..., None] + torch.arange(length)).flatten(1)
+    return torch.zeros(len(starts), frames, dtype=torch.bool).scatter_(1, hidden, True)
+
+
+assert spread_spans(torch.tensor([[0, 4], [1, 2]]), 7, 2).int().tolist() == [
+    [1, 1, 0, 0, 1, 1, 0],
+    [0, 1, 1, 1, 0, 0, 0],
+]
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-012
 def span_mask(
     batch_size: int,  # B
     frames: int,  # T
@@ -57,38 +89,39 @@ def span_mask(
             "frames: give longer windows or a shorter mask_span"
         )
     chance = torch.rand((), generator=generator).item()
-    spans = min(max(int(prob * frames / length + chance), min_spans), frames - length + 1)
-    order = torch.rand(batch_size, frames - length + 1, generator=generator).argsort(-1)
-    hidden = (order[:, :spans, None] + torch.arange(length)).flatten(1)
-    return torch.zeros(batch_size, frames, dtype=torch.bool).scatter_(1, hidden, True)
+    spans = min(max(int(prob * frames / length + chance), min_spans), frames // length)
+    draws = torch.rand(batch_size, frames - length + 1, generator=generator)
+    return spread_spans(draws.topk(spans, largest=False, sorted=False).indices, frames, length)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-015
+# %% ../../nbs/10_models.gp2vec.ipynb #10-018
 def pack(
     frames: Tensor,  # one vector per hidden frame, in order of rows, (M, D)
     counts: Tensor,  # hidden frames per row, (B,)
-) -> Tensor:  # the same, row by row, (B, max count, D), zeros at the end
+    width: int | None = None,  # frames of a packed row; None: the largest count
+) -> Tensor:  # the same, row by row, (B, width, D), zeros at the end
     "Lay a flat list of hidden frames out in rows."
-    width = int(counts.max())
+    width = int(counts.max()) if width is None else width
     place = torch.arange(width, device=frames.device) < counts[:, None]
     rows = frames.new_zeros(len(counts), width, *frames.shape[1:])
     rows[place] = frames
     return rows
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-016
+# %% ../../nbs/10_models.gp2vec.ipynb #10-020
 def sample_negatives(
     counts: Tensor,  # hidden frames per row, (B,)
     num_negatives: int,  # distractors per hidden frame, K
     generator: torch.Generator | None = None,  # source of randomness; None: torch's own
-) -> Tensor:  # indices of hidden frames of the same row, (B, max count, K); beyond a row's count meaningless
-    "Draw distractors uniformly from the other hidden frames of the row."
-    if int(counts.min()) < 2:
-        raise ValueError(f"a window needs two hidden frames or more for distractors, and one has {int(counts.min())}")
-    width = int(counts.max())
-    draw = torch.rand(len(counts), width, num_negatives, generator=generator)
-    index = (draw * (counts.cpu()[:, None, None] - 1)).long()
-    return index + (index >= torch.arange(width)[:, None])
+) -> Tensor:  # which of the other hidden frames of the row, (B, max count, K) int32; beyond a row's count meaningless
+    "Draw distractors uniformly from the other hidden frames of the row; a row with less than two has none to draw."
+    shape = (len(counts), max(int(counts.max()), 2), num_negatives)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    raw = np.random.SFC64(seed).random_raw(-(-math.prod(shape) // 4)).view(np.int16)
+    bits = torch.from_numpy(raw)[: math.prod(shape)].view(shape)
+    others = (counts.cpu() - 1).clamp_min(1)[:, None, None] / 2**16
+    offset = 2**15 + torch.rand(*shape[:2], 1, generator=generator) * (31 / 32)
+    return bits.float().mul_(others).add_(offset * others).int()
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-019
+# %% ../../nbs/10_models.gp2vec.ipynb #10-023
 @dataclass
 class Answer:
     "How well the hidden frames of a batch were told."
@@ -104,41 +137,64 @@ class Answer:
         "Hard perplexity of the codes, per group."
         return hard_perplexity(self.codes, self.codebook_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-021
+# %% ../../nbs/10_models.gp2vec.ipynb #10-025
+def _wide(x):
+    "At least float32: half precision is too coarse for a softmax over cosines."
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _others(square):
+    "A (B, W, W) matrix without its diagonal, (B, W, W - 1): drop the first number, then every (W + 1)-th."
+    width = square.shape[-1]
+    rest = square.flatten(1)[:, 1:].unflatten(1, (width - 1, width + 1))
+    return rest[..., :-1].reshape(len(square), width, width - 1)
+
+
+def _no_distractor(codes, counts, width):
+    "Where another hidden frame has the same code, or is padding, (B, W, W - 1) bool."
+    words = pack(codes, counts, width).unbind(-1)
+    same = words[0][:, :, None] == words[0][:, None]
+    for group in words[1:]:
+        same &= group[:, :, None] == group[:, None]
+    padding = torch.arange(width, device=counts.device) >= counts[:, None]
+    return _others(same | padding[:, None])
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-026
 def contrastive(
     answers: Tensor,  # context at the hidden frames, (M, D)
     targets: Tensor,  # code vectors of the hidden frames, (M, D)
     codes: Tensor,  # their codes, (M, G)
     counts: Tensor,  # hidden frames per row, (B,)
-    negatives: Tensor,  # indices of distractors, (B, max count, K)
+    negatives: Tensor,  # distractors as of `sample_negatives`, (B, max count, K)
     temperature: float = 0.1,  # of the cosine similarities
-) -> tuple[Tensor, Tensor]:  # loss and accuracy, scalars
+) -> tuple[Tensor, Tensor]:  # loss and accuracy, scalars; both 0 where nothing is hidden
     "Tell the true code vector from distractors ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), equation 3)."
-    valid = torch.arange(negatives.shape[1], device=counts.device) < counts[:, None]
-    negatives = negatives.to(counts.device).clamp_max(negatives.shape[1] - 1)
-    c, q = (pack(F.normalize(v.float(), dim=-1), counts) for v in (answers, targets))
-    similarity = torch.einsum("bmd,bnd->bmn", c, q) / temperature
-    truth = similarity.diagonal(dim1=1, dim2=2)[..., None]
-    packed = pack(codes, counts)
-    rows = torch.arange(len(counts), device=counts.device)[:, None, None]
-    same = (packed[rows, negatives] == packed[:, :, None]).all(-1)
-    logits = torch.cat([truth, similarity.gather(2, negatives).masked_fill(same, -torch.inf)], -1)[valid]
-    best = logits[:, 1:].amax(-1)
-    told = (logits[:, 0] > best) & best.isfinite()
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), told.float().mean()
+    width, hidden = negatives.shape[1], max(len(answers), 1)
+    with torch.autocast(answers.device.type, enabled=False):
+        c, q = (pack(F.normalize(_wide(v), dim=-1), counts, width) for v in (answers, targets))
+        similarity = c @ q.mT / temperature
+        truth = similarity.diagonal(dim1=1, dim2=2)[..., None]
+        rest = _others(similarity).masked_fill(_no_distractor(codes, counts, width), -torch.inf)
+        logits = torch.cat([truth, rest.gather(2, negatives.to(counts.device, torch.int64))], -1)
+        label = torch.zeros_like(logits[..., 0], dtype=torch.int64)
+        label[torch.arange(width, device=counts.device) >= counts[:, None]] = -100  # padding
+        loss = F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-100, reduction="sum") / hidden
+    best = logits[..., 1:].amax(-1)
+    told = (truth[..., 0] > best) & best.isfinite() & (label == 0)
+    return loss, told.sum() / hidden
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-025
+# %% ../../nbs/10_models.gp2vec.ipynb #10-030
 def code_prediction(
     logits: Tensor,  # scores of the codewords at the hidden frames, (M, G, V)
     codes: Tensor,  # true codes, (M, G)
 ) -> Answer:  # loss, accuracy, chance, and perplexity of the predicted codes
     "Name the code of every hidden frame ([BEST-RQ](https://arxiv.org/abs/2202.01855), section 3), in float32."
     said = logits.argmax(-1)
-    common = F.one_hot(codes, logits.shape[-1]).float().mean(0).amax(-1).mean()
-    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-    return Answer(loss, (said == codes).float().mean(), common, said, logits.shape[-1])
+    common = code_share(codes, logits.shape[-1]).amax(-1).mean()
+    loss = F.cross_entropy(_wide(logits).flatten(0, 1), codes.flatten(), reduction="sum") / max(codes.numel(), 1)
+    return Answer(loss, (said == codes).sum() / max(codes.numel(), 1), common, said, logits.shape[-1])
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-028
+# %% ../../nbs/10_models.gp2vec.ipynb #10-033
 def settings_from_dict(
     cls: type,  # a dataclass
     settings: Mapping[str, Any],  # field -> value, nested, as in JSON or YAML
@@ -159,14 +215,62 @@ def settings_from_dict(
         values[key] = value
     return cls(**values)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-030
+# %% ../../nbs/10_models.gp2vec.ipynb #10-035
 def settings_to_dict(
     settings: Any,  # a settings dataclass
 ) -> dict[str, Any]:  # dictionaries, lists, numbers and strings alone
     "Plain dictionaries of a settings dataclass, as `settings_from_dict` reads them."
     return json.loads(json.dumps(asdict(settings)))
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-033
+# %% ../../nbs/10_models.gp2vec.ipynb #10-038
+@dataclass(frozen=True)
+class TasksConfig:
+    "Weights of the side tasks in the loss; 0 switches one off."
+
+    sampling_rate: float = 0.0  # tell the octave of the recorded sampling rate
+    band: float = 0.0  # tell the family of channels: band and instrument code, such as HH or BN
+    region: float = 0.0  # tell the part of the world, a cell of 30 by 30 degrees
+    adversarial_sampling_rate: float = 0.0  # make the rate impossible to tell
+    adversarial_band: float = 0.0  # make the family impossible to tell
+    adversarial_region: float = 0.0  # make the part of the world impossible to tell
+
+    def __post_init__(self):
+        "Refuse negative weights: reversal has weights of its own."
+        for name, weight in vars(self).items():
+            if weight < 0:
+                raise ValueError(f"tasks.{name} is 0 or more, not {weight}; to reverse a task use its adversarial twin")
+
+    @property
+    def used(self) -> dict[str, float]:  # name -> weight
+        "The tasks that are switched on."
+        return {name: weight for name, weight in vars(self).items() if weight}
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-039
+BANDS = tuple(band + instrument for instrument in "HNLPG" for band in "HBESCDGFLMVU")  # families of channels
+CLASSES = {"sampling_rate": 12, "band": len(BANDS), "region": 72}  # name of a task -> number of classes
+
+
+def task_labels(
+    name: str,  # "sampling_rate", "band" or "region"
+    metadata: Mapping[str, Any] | None,  # as of `GP2Vec.forward`
+    batch_size: int,  # B
+) -> Tensor:  # class of every window, (B,) int64; -100 where unknown
+    "The right answers of a side task."
+    known = metadata or {}
+    if name == "band":
+        place = index_words(known.get("band"), BANDS, batch_size)
+        return torch.where(place < 0, -100, place)
+    unknown = torch.full((batch_size,), torch.nan)
+    if name == "sampling_rate":
+        value = torch.as_tensor(known.get("sampling_rate", unknown)).float()
+        place = value.clamp_min(1e-6).log2().round().clamp(0, CLASSES[name] - 1)
+    else:
+        latitude, longitude = (torch.as_tensor(known.get(k, unknown)).float() for k in ("latitude", "longitude"))
+        row, column = ((latitude + 90) // 30).clamp(0, 5), ((longitude + 180) % 360) // 30
+        value = place = 12 * row + column.clamp(0, 11)
+    return torch.where(value.isfinite(), place, -100).nan_to_num(-100).long()
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-042
 @dataclass(frozen=True)
 class GP2VecConfig:
     "Settings of the model; `GP2VecConfig()` is the base preset."
@@ -174,29 +278,38 @@ class GP2VecConfig:
     embed_dim: int = 768  # width of the model, D
     sampling_rate: float = 100.0  # of the waveforms, Hz
     objective: str = (
-        "contrastive"  # "contrastive" (needs gumbel codes) or "masked_prediction" (random_projection codes)
+        "contrastive"  # "contrastive" (gumbel or ema codes) or "masked_prediction" (random_projection or ema)
     )
     mask_prob: float = 0.65  # expected spans times their length over the window
     mask_span: float = 1.2  # length of a hidden span, seconds
     num_negatives: int = 100  # contrastive: distractors per hidden frame, K
     contrastive_temperature: float = 0.1  # contrastive: of the cosine similarities
     diversity_weight: float = 0.1  # of the loss for unequal use of the codebooks
+    commitment_weight: float = 0.25  # contrastive with ema codes: of the distance between frames and codewords
     feature_penalty: float = 10.0  # weight of the mean square of the frames before their layer norm
     feature_grad_mult: float = 0.1  # factor on the gradient that reaches the feature encoder
+    spectrogram: float = 0.0  # window of a log-spectrogram branch added to the frames, seconds; 0: no such branch
     feature_encoder: EncoderConfig = field(default_factory=EncoderConfig)  # convolutions
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)  # targets
     context_encoder: ContextConfig = field(default_factory=ContextConfig)  # transformer
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)  # station metadata
+    tasks: TasksConfig = field(default_factory=TasksConfig)  # what else to tell, or to make impossible to tell
 
     def __post_init__(self):
         "Refuse what does not fit together."
-        pairs = {"contrastive": "gumbel", "masked_prediction": "random_projection"}
-        if self.objective not in pairs:
-            raise ValueError(f"objective is one of {', '.join(pairs)}, not {self.objective!r}")
-        if self.quantizer.type != pairs[self.objective]:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        fitting, why = OBJECTIVES[self.objective]
+        if self.quantizer.type not in fitting:
             raise ValueError(
-                f"the {self.objective} objective needs quantizer.type={pairs[self.objective]}, "
-                f"not {self.quantizer.type!r}"
+                f"the {self.objective} objective needs quantizer.type={' or '.join(fitting)}, "
+                f"not {self.quantizer.type!r}: {why}"
+            )
+        channels = self.feature_encoder.conv_layers[-1].channels
+        if self.quantizer.type == "ema" and self.quantizer.codevector_dim != channels:
+            raise ValueError(
+                "ema codewords are averages of frames, so quantizer.codevector_dim is the encoder's width of "
+                f"{channels}, not {self.quantizer.codevector_dim}"
             )
         self.context_encoder.check(self.embed_dim)
 
@@ -219,7 +332,19 @@ class GP2VecConfig:
             raise ValueError(f"presets are {', '.join(PRESETS)}, not {name!r}")
         return replace(PRESETS[name], **changes)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-035
+# %% ../../nbs/10_models.gp2vec.ipynb #10-044
+OBJECTIVES = {  # name -> (quantisers that fit, why no other does)
+    "contrastive": (
+        ("gumbel", "ema"),
+        "it compares code vectors, and random_projection codes are names without vectors that learn",
+    ),
+    "masked_prediction": (
+        ("random_projection", "ema"),
+        "it predicts the names of codes alone, and gumbel codes learn only through their vectors",
+    ),
+}
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-046
 def _light(channels):
     return EncoderConfig(conv_layers=tuple(ConvLayer(channels, kernel, 2) for kernel in (11, 7, 5)))
 
@@ -242,7 +367,7 @@ PRESETS = {
     "large": GP2VecConfig(embed_dim=1024, context_encoder=ContextConfig(num_layers=24, num_heads=16)),
 }
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-038
+# %% ../../nbs/10_models.gp2vec.ipynb #10-049
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -253,19 +378,89 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         return ctx.factor * gradient, None
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-040
+# %% ../../nbs/10_models.gp2vec.ipynb #10-051
 @dataclass
 class Pretext:
     "One step of pretraining: the loss and what a run has to watch."
 
-    loss: Tensor  # what to minimise: the answer's loss, the diversity and the feature penalty, weighted, scalar
+    loss: Tensor  # what to minimise: the answer's loss, diversity, penalties and side tasks, weighted, scalar
     answer: Answer  # how well the hidden frames were told
     diversity: Tensor  # unequal use of the codebooks, scalar
     penalty: Tensor  # mean square of the frames, scalar
     codes: Tensor  # true codes of the hidden frames, (M, G)
     mask: Tensor  # which frames were hidden, (B, T) bool
+    tasks: dict[str, Tensor] = field(default_factory=dict)  # loss of every side task that is switched on, scalars
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-042
+# %% ../../nbs/10_models.gp2vec.ipynb #10-053
+class TaskHead(nn.Module):
+    "A classifier of the mean context at the hidden frames; the adversarial one reverses the gradient that leaves it."
+
+    def __init__(
+        self,
+        dim: int,  # width of the model, D
+        name: str,  # task, such as "region" or "adversarial_region"
+    ):
+        super().__init__()
+        self.task, self.sign = name.removeprefix("adversarial_"), -1.0 if name.startswith("adversarial_") else 1.0
+        self.classify = nn.Linear(dim, CLASSES[self.task])
+
+    def forward(
+        self,
+        context: Tensor,  # (B, T, D)
+        mask: Tensor,  # hidden frames, (B, T) bool
+        metadata: Mapping[str, Any] | None,  # field -> values, (B,)
+    ) -> Tensor:  # cross entropy of the windows with a known answer, scalar; 0 where there is none
+        "Loss of the task."
+        hidden = mask[..., None].to(context.dtype)
+        mean = (context * hidden).sum(1) / hidden.sum(1).clamp_min(1)
+        scores = _wide(self.classify(_ScaleGradient.apply(mean, self.sign)))
+        label = task_labels(self.task, metadata, len(context)).to(scores.device)
+        return F.cross_entropy(scores, label, ignore_index=-100, reduction="sum") / (label >= 0).sum().clamp_min(1)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-056
+class SpectrogramBranch(nn.Module):
+    "Log spectra around the frames, projected to the model's width."
+
+    basis: Tensor  # Hann window times cosines and sines, (2 * bins, 1, window)
+
+    def __init__(
+        self,
+        in_channels: int,  # components, C
+        dim: int,  # width of the model, D
+        window: int,  # samples around a frame, an even number
+        stride: int,  # samples between frames
+        field: int,  # receptive field of a frame, samples
+    ):
+        super().__init__()
+        before = window // 2 - field // 2
+        self.stride, self.around = stride, (before, window - field - before)  # centred on the frames, as many of them
+        # A convolution instead of a Fourier transform: the window is short, and every exporter knows it.
+        phase = 2 * torch.pi / window * torch.outer(torch.arange(1, window // 2 + 1), torch.arange(window)).double()
+        basis = torch.hann_window(window, dtype=torch.float64) * torch.cat([phase.cos(), phase.sin()])
+        self.register_buffer("basis", basis[:, None].float(), persistent=False)
+        self.norm = nn.LayerNorm(in_channels * (window // 2))
+        self.project = nn.Linear(in_channels * (window // 2), dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def spectra(
+        self,
+        waveforms: Tensor,  # normalised waveforms, (B, C, N)
+    ) -> Tensor:  # log magnitudes, (B, T, C, window // 2)
+        "Log spectra around the frames; outside the waveform there is silence."
+        x = F.pad(waveforms, self.around).flatten(0, 1)[:, None]
+        real, imaginary = F.conv1d(x, self.basis.to(x.dtype), stride=self.stride).chunk(2, 1)
+        power = (real.square() + imaginary.square()).clamp_min(1e-6)
+        return 0.5 * power.log().unflatten(0, (-1, waveforms.shape[1])).permute(0, 3, 1, 2)
+
+    def forward(
+        self,
+        waveforms: Tensor,  # normalised waveforms, (B, C, N)
+    ) -> Tensor:  # what to add to the projected frames, (B, T, D)
+        "Show each frame the spectrum around it."
+        return self.project(self.norm(self.spectra(waveforms).flatten(2)))
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-059
 class Backbone(nn.Module):
     "Feature encoder, station encoder and context network."
 
@@ -279,7 +474,10 @@ class Backbone(nn.Module):
         self.feature_encoder = FeatureEncoder(config.feature_encoder)
         self.feature_norm, self.feature_projection = nn.LayerNorm(channels), nn.Linear(channels, dim)
         self.station_encoder = StationEncoder(dim, config.conditioning)
-        self.context_encoder = ContextEncoder(dim, config.context_encoder)
+        self.context_encoder = ContextEncoder(dim, config.context_encoder, config.conditioning.fusion)
+        window = 2 * round(config.spectrogram * config.sampling_rate / 2)
+        branch = (config.feature_encoder.in_channels, dim, window, *frame_geometry(config.feature_encoder.conv_layers))
+        self.spectrogram = SpectrogramBranch(*branch) if window else None
 
     @property
     def frame_rate(self) -> float:  # Hz
@@ -301,21 +499,38 @@ class Backbone(nn.Module):
     def encode(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Mapping[str, Tensor] | None = None,  # field -> values, (B,), NaN where unknown
+        metadata: Mapping[str, Any] | None = None,  # field -> values, (B,), NaN where unknown; as of `StationEncoder`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
         layer: int | None = None,  # 0: frames before the context network; k: after k layers; None: after the last
-    ) -> Tensor:  # representation, (B, T, D)
+        lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
+    ) -> Tensor:  # representation, (B, T, D); frames that see padding mean nothing
         "Represent waveforms; call `eval()` first for the same answer every time."
-        x = normalise(waveforms, component_mask)[0]
-        frames = self.feature_projection(self.feature_norm(self.feature_encoder(x, component_mask)))
-        return self.context_encoder(frames + self._station(metadata, log_scale, len(x)), layer)[-1]
+        x = self._normalise(waveforms, component_mask, lengths)
+        frames = self._project(self.feature_norm(self.feature_encoder(x, component_mask, lengths)), x)
+        real = None if lengths is None else frame_mask(self.config.feature_encoder.conv_layers, lengths, x.shape[-1])
+        return self.context_encoder(frames, layer, real, self._station(metadata, log_scale, x.shape[0]))[-1]
+
+    def _normalise(self, waveforms, component_mask, lengths=None):
+        "Normalised waveforms in the type of the weights; fewer samples than two frames need are refused."
+        stride, field = frame_geometry(self.config.feature_encoder.conv_layers)
+        if waveforms.shape[-1] < field + stride:
+            raise ValueError(
+                f"a window needs {field + stride} samples or more, two frames, and this one has {waveforms.shape[-1]}"
+            )
+        return normalise(waveforms, component_mask, lengths)[0].to(self.feature_projection.weight.dtype)
+
+    def _project(self, features, x):
+        "Normed features at the model's width, with the spectrogram where there is one."
+        frames = self.feature_projection(features)
+        return frames if self.spectrogram is None else frames + self.spectrogram(x)
 
     def _station(self, metadata, log_scale, batch_size):
+        "What the context network may know besides the waveform."
         known = dict(metadata or {}) | ({} if log_scale is None else {"log_scale": log_scale})
-        return self.station_encoder(known, batch_size)[:, None]
+        return self.station_encoder(known, batch_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-044
+# %% ../../nbs/10_models.gp2vec.ipynb #10-061
 class GP2Vec(
     Backbone,
     PyTorchModelHubMixin,
@@ -340,11 +555,12 @@ class GP2Vec(
             self.target_head = nn.Linear(target.codevector_dim, target.codevector_dim)
         else:
             self.answer_head = nn.Linear(dim, target.num_codebooks * target.codebook_size)
+        self.tasks = nn.ModuleDict({name: TaskHead(dim, name) for name in config.tasks.used})
 
     def forward(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Mapping[str, Tensor] | None = None,  # field -> values, (B,), NaN where unknown
+        metadata: Mapping[str, Any] | None = None,  # field -> values, (B,), NaN where unknown; as of `StationEncoder`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
         mask: Tensor | None = None,  # frames to hide, (B, T) bool; None draws spans
@@ -353,21 +569,26 @@ class GP2Vec(
     ) -> Pretext:  # loss and what to watch
         "One step of pretraining: hide, fill in, compare."
         config = self.config
-        x = normalise(waveforms, component_mask)[0]
+        x = self._normalise(waveforms, component_mask)
         features = _ScaleGradient.apply(self.feature_encoder(x, component_mask), config.feature_grad_mult)
-        penalty, features = features.float().square().mean(), self.feature_norm(features)
+        penalty, features = _wide(features).square().mean(), self.feature_norm(features)
         if mask is None:
             span = round(config.mask_span * self.frame_rate)
             mask = span_mask(len(x), features.shape[1], config.mask_prob, span)
         mask = mask.to(x.device)
-        frames = torch.where(mask[..., None], self.mask_embedding.to(features.dtype), self.feature_projection(features))
-        context = self.context_encoder(frames + self._station(metadata, log_scale, len(x)))[-1]
+        frames = torch.where(mask[..., None], self.mask_embedding.to(features.dtype), self._project(features, x))
+        context = self.context_encoder(frames, condition=self._station(metadata, log_scale, len(x)))[-1]
         target = self.quantizer(features, x, mask, noise)
         answer = _answer(self, context[mask], target, mask.sum(1), negatives)
         loss = answer.loss + config.diversity_weight * target.diversity + config.feature_penalty * penalty
-        return Pretext(loss, answer, target.diversity, penalty, target.codes, mask)
+        if target.vectors is not None and config.objective == "contrastive":
+            loss = loss + config.commitment_weight * target.commitment
+        tasks = {name: head(context, mask, metadata) for name, head in self.tasks.items()}
+        for name, weight in config.tasks.used.items():
+            loss = loss + weight * tasks[name]
+        return Pretext(loss, answer, target.diversity, penalty, target.codes, mask, tasks)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-045
+# %% ../../nbs/10_models.gp2vec.ipynb #10-062
 def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, negatives: Tensor | None) -> Answer:
     "What the objective of a model makes of the context at the hidden frames, (M, D)."
     config = model.config
@@ -380,3 +601,24 @@ def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, n
     loss, accuracy = contrastive(answers, targets, target.codes, counts, negatives, config.contrastive_temperature)
     chance = loss.new_tensor(1 / (1 + negatives.shape[-1]))
     return Answer(loss, accuracy, chance, target.codes, config.quantizer.codebook_size)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-064
+class Encode(nn.Module):
+    "`encode` as a module, for `torch.export`, ONNX and other programs; batch and length may be dynamic."
+
+    def __init__(
+        self,
+        model: Backbone,  # weights
+        layer: int | None = None,  # as of `encode`
+    ):
+        super().__init__()
+        self.model, self.layer = model.eval(), layer
+
+    def forward(
+        self,
+        waveforms: Tensor,  # (B, C, N), any unit
+        component_mask: Tensor,  # which components are real, (B, C) bool
+        log_scale: Tensor,  # log10 of the scale of the raw window, (B,); NaN: unknown
+    ) -> Tensor:  # representation, (B, T, D)
+        "Represent waveforms."
+        return self.model.encode(waveforms, None, component_mask, log_scale, self.layer)

@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['QUANTIZERS', 'QuantizerConfig', 'Quantized', 'hard_perplexity', 'GumbelQuantizer', 'log_spectra',
-           'RandomProjectionQuantizer', 'build_quantizer']
+__all__ = ['QUANTIZERS', 'QuantizerConfig', 'code_share', 'hard_perplexity', 'Quantized', 'GumbelQuantizer', 'log_spectra',
+           'RandomProjectionQuantizer', 'EMAQuantizer', 'build_quantizer']
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-008
 @dataclass(frozen=True)
 class QuantizerConfig:
     "Settings of a quantiser."
 
-    type: str = "gumbel"  # "gumbel" or "random_projection"
+    type: str = "gumbel"  # "gumbel", "random_projection" or "ema"
     num_codebooks: int = 2  # groups, G
     codebook_size: int = 320  # codewords per group, V
     codevector_dim: int = 256  # width of the vector that stands for a frame, all groups together
     spectral_window: float = 1.28  # random_projection: length of the waveform around a frame, seconds
+    decay: float = 0.99  # ema: share of the old averages that a step keeps
+    revive_below: float = 0.1  # ema: a codeword used less than this times the mean is placed on a frame anew
 
     def __post_init__(self):
         "Refuse what cannot be built."
@@ -34,18 +36,24 @@ class QuantizerConfig:
             raise ValueError(
                 f"quantizer.codevector_dim={self.codevector_dim} does not divide into {self.num_codebooks} codebooks"
             )
+        if not 0 < self.decay < 1 or not 0 <= self.revive_below < 1:
+            raise ValueError(
+                f"quantizer.decay is between 0 and 1 and quantizer.revive_below from 0 to below 1, "
+                f"not {self.decay} and {self.revive_below}"
+            )
 
 
-QUANTIZERS = ("gumbel", "random_projection")
+QUANTIZERS = ("gumbel", "random_projection", "ema")
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-009
-@dataclass
-class Quantized:
-    "The masked frames of a batch, quantised; M is their number over all windows."
-
-    codes: Tensor  # chosen codeword of each group, (M, G) int64
-    vectors: Tensor | None  # their vectors, (M, codevector_dim); None where the codes have none that learn
-    diversity: Tensor  # loss that is 0 when all codewords are used equally and 1 - 1/V when one is, scalar
+# %% ../../nbs/07_models.quantizer.ipynb #07-010
+def code_share(
+    codes: Tensor,  # codewords, (M, G) int64
+    codebook_size: int,  # codewords per group, V
+) -> Tensor:  # share of the frames that carry each codeword, (G, V); NaN where there is no frame
+    "How often each codeword was chosen."
+    place = codes + codebook_size * torch.arange(codes.shape[1], device=codes.device)
+    count = place.flatten().bincount(minlength=codebook_size * codes.shape[1])
+    return count.view(codes.shape[1], codebook_size) / codes.new_tensor(len(codes), dtype=torch.float32)
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-011
 def hard_perplexity(
@@ -53,10 +61,36 @@ def hard_perplexity(
     codebook_size: int,  # codewords per group, V
 ) -> Tensor:  # perplexity of each group, (G,), from 1 to V; NaN where there is no frame
     "Perplexity of the codewords that were really chosen, per group."
-    share = F.one_hot(codes, codebook_size).float().mean(0)
+    share = code_share(codes, codebook_size)
     return torch.exp(-torch.xlogy(share, share).sum(-1))
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-014
+@dataclass
+class Quantized:
+    "The masked frames of a batch, quantised; M is their number over all windows."
+
+    codes: Tensor  # chosen codeword of each group, (M, G) int64
+    vectors: Tensor | None  # their vectors, (M, codevector_dim); None where the codes have none that learn
+    diversity: Tensor  # loss that is 0 when all codewords are used equally and 1 - 1/V when one is, scalar
+    commitment: Tensor  # loss that draws frames to their codewords, scalar; 0 where there is none
+    codebook_size: int  # codewords per group, V
+
+    @property
+    def usage(self) -> Tensor:  # (G,), from 1/V to 1
+        "Share of the codewords that were chosen at all, per group."
+        return (code_share(self.codes, self.codebook_size) > 0).float().mean(-1)
+
+    @property
+    def entropy(self) -> Tensor:  # (G,), nats
+        "Entropy of the codewords that were chosen, per group."
+        return self.perplexity.log()
+
+    @property
+    def perplexity(self) -> Tensor:  # (G,), from 1 to V
+        "Hard perplexity: as many codewords, used equally, would be as diverse."
+        return hard_perplexity(self.codes, self.codebook_size)
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-017
 class GumbelQuantizer(nn.Module):
     "Product quantiser with Gumbel-softmax choice ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), section 2)."
 
@@ -86,20 +120,22 @@ class GumbelQuantizer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             logits = self.logits(features[mask].to(self.logits.weight.dtype)) / features.shape[-1] ** 0.5
             logits = logits.unflatten(-1, (groups, size))
-            soft = logits.softmax(-1)
+            soft = choice = logits.softmax(-1)
             if self.training:
                 noise = -torch.empty_like(logits).exponential_().log() if noise is None else noise
                 choice = ((logits + noise) / self.temperature).softmax(-1)
-            else:
-                choice = soft
             codes = choice.argmax(-1)
             hard = F.one_hot(codes, size).to(choice.dtype)
-            vectors = torch.einsum("mgv,gvd->mgd", hard + choice - choice.detach(), self.codevectors).flatten(1)
-            share = soft.mean(0)
+            if self.training:  # forward the hard choice, backward the soft one
+                used, vote = soft, hard + choice - choice.detach()
+            else:
+                used = vote = hard
+            vectors = torch.einsum("mgv,gvd->mgd", vote, self.codevectors).flatten(1)
+            share = used.sum(0) / max(len(used), 1)
             perplexity = torch.exp(-torch.xlogy(share, share).sum(-1)).sum()
-        return Quantized(codes, vectors, 1 - perplexity / (groups * size))
+        return Quantized(codes, vectors, 1 - perplexity / (groups * size), logits.new_zeros(()), size)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-019
+# %% ../../nbs/07_models.quantizer.ipynb #07-022
 def log_spectra(
     waveforms: Tensor,  # normalised waveforms, (B, C, N)
     window: int,  # samples around the centre of a frame
@@ -114,7 +150,7 @@ def log_spectra(
     hann = torch.hann_window(window, device=waveforms.device)
     return torch.fft.rfft(pieces * hann).abs()[..., 1:].clamp_min(1e-3).log().transpose(1, 2)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-022
+# %% ../../nbs/07_models.quantizer.ipynb #07-025
 class RandomProjectionQuantizer(nn.Module):
     "Frozen codes of short-time spectra ([BEST-RQ](https://arxiv.org/abs/2202.01855)); the waveform alone decides."
 
@@ -177,9 +213,114 @@ class RandomProjectionQuantizer(nn.Module):
             level = (values * there).sum((1, 2, 3), keepdim=True) / there.expand_as(values).sum((1, 2, 3), keepdim=True)
             point = torch.einsum("mi,gid->mgd", ((values - level) * there)[mask].flatten(1), self.projection)
             codes = torch.einsum("mgd,gvd->mgv", point, self.codevectors).argmax(-1)
-        return Quantized(codes, None, codes.new_zeros((), dtype=torch.float32))
+        nothing = codes.new_zeros((), dtype=torch.float32)
+        return Quantized(codes, None, nothing, nothing, self.codevectors.shape[1])
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-027
+# %% ../../nbs/07_models.quantizer.ipynb #07-030
+def _over_processes(x):
+    "Sum over the processes of a run; `x` itself where there is one."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def _place_among_processes(count, device):
+    "Frames of all processes, and how many of them belong to processes before this one."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count, 0
+    counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
+    rank = torch.distributed.get_rank()
+    counts[rank] = count
+    torch.distributed.all_reduce(counts)
+    return int(counts.sum()), int(counts[:rank].sum())
+
+
+def _nearest(frames, codevectors):
+    "Names (M, G) and vectors (M, G, D / G) of the codewords nearest to frames (M, G, D / G)."
+    codes = (2 * torch.einsum("mgd,gvd->mgv", frames, codevectors) - codevectors.square().sum(-1)).argmax(-1)
+    return codes, codevectors[torch.arange(len(codevectors), device=codes.device), codes]
+
+
+def _draw_over_processes(frames, size, seed):
+    "For each group `size` of the frames (M, G, D / G) of all processes, (G, size, D / G), and how many those were."
+    total, before = _place_among_processes(len(frames), frames.device)
+    groups = frames.shape[1]
+    found = frames.new_zeros(groups, size, frames.shape[2])
+    if total:
+        order = torch.rand(groups, total, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+        order = order.repeat(1, -(-size // total))[:, :size].to(frames.device) - before  # each once, then again
+        mine = (order >= 0) & (order < len(frames))
+        group = torch.arange(groups, device=frames.device)[:, None].expand(groups, size)
+        found[mine] = frames[order[mine], group[mine]]
+    return _over_processes(found), total
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-031
+class EMAQuantizer(nn.Module):
+    "Running product k-means of the frames ([VQ-VAE](https://arxiv.org/abs/1711.00937), appendix A)."
+
+    codevectors: Tensor  # (G, V, D / G)
+    counts: Tensor  # frames per step that choose each codeword, moving average, (G, V)
+    sums: Tensor  # their sum, moving average, (G, V, D / G)
+    steps: Tensor  # steps of training so far
+
+    def __init__(
+        self,
+        dim: int,  # width of a frame, divisible by G; also that of the result
+        num_codebooks: int = 2,  # groups, G
+        codebook_size: int = 320,  # codewords per group, V
+        decay: float = 0.99,  # share of the old averages that a step keeps
+        revive_below: float = 0.1,  # use below which a codeword is placed anew, in mean uses
+    ):
+        super().__init__()
+        self.decay, self.revive_below, shape = decay, revive_below, (num_codebooks, codebook_size)
+        self.register_buffer("codevectors", torch.randn(*shape, dim // num_codebooks))
+        self.register_buffer("counts", torch.zeros(shape))
+        self.register_buffer("sums", torch.zeros_like(self.codevectors))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        features: Tensor,  # layer-normed, unmasked frames, (B, T, D)
+        waveforms: Tensor | None,  # not looked at; here because all quantisers are called alike
+        mask: Tensor,  # frames to quantise, (B, T) bool
+        noise: Tensor | None = None,  # not used; here because all quantisers are called alike
+    ) -> Quantized:  # codes and vectors of the M masked frames
+        "Name every masked frame after the nearest codeword; in training, move the codewords afterwards."
+        groups, size, _ = self.codevectors.shape
+        with torch.autocast(features.device.type, enabled=False):
+            frames = features[mask].to(self.codevectors.dtype).unflatten(-1, (groups, -1))
+            if self.training:
+                self._revive(frames.detach())
+            codes, words = _nearest(frames.detach(), self.codevectors)
+            vectors = (frames + (words - frames).detach()).flatten(1)
+            commitment = (frames - words).square().sum() / max(frames.numel(), 1)
+            if self.training:
+                self._update(frames.detach(), codes)
+            perplexity = hard_perplexity(codes, size).nan_to_num(1.0).sum()
+        return Quantized(codes, vectors, 1 - perplexity / (groups * size), commitment, size)
+
+    @torch.no_grad()
+    def _update(self, frames, codes):
+        "Move the averages; those of all processes stay equal."
+        chosen = F.one_hot(codes, self.codevectors.shape[1]).to(frames.dtype)
+        self.counts.lerp_(_over_processes(chosen.sum(0)), 1 - self.decay)
+        self.sums.lerp_(_over_processes(torch.einsum("mgv,mgd->gvd", chosen, frames)), 1 - self.decay)
+        used, mean = (self.counts > 0)[..., None], self.sums / self.counts.clamp_min(1e-12)[..., None]
+        self.codevectors = torch.where(used, mean, self.codevectors)  # a new tensor: the old one is in the graph
+        self.steps += 1
+
+    @torch.no_grad()
+    def _revive(self, frames):
+        "Place codewords that are hardly used on frames, as if used as often as others."
+        dead = self.counts <= self.revive_below * self.counts.mean(-1, keepdim=True)
+        if dead.any():
+            found, total = _draw_over_processes(frames, dead.shape[1], int(self.steps))
+            use, dead = total / dead.shape[1], dead & (total > 0)
+            self.codevectors = torch.where(dead[..., None], found, self.codevectors)
+            self.counts = torch.where(dead, use, self.counts)
+            self.sums = torch.where(dead[..., None], found * use, self.sums)
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-038
 def build_quantizer(
     config: QuantizerConfig,  # settings
     dim: int,  # width of the encoder's frames
@@ -192,5 +333,7 @@ def build_quantizer(
     sizes = (config.num_codebooks, config.codebook_size, config.codevector_dim)
     if config.type == "gumbel":
         return GumbelQuantizer(dim, *sizes)
+    if config.type == "ema":
+        return EMAQuantizer(dim, config.num_codebooks, config.codebook_size, config.decay, config.revive_below)
     window = 2 * round(config.spectral_window * sampling_rate / 2)
     return RandomProjectionQuantizer(in_channels, *sizes, window, stride, field)

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
-__all__ = ['ContextConfig', 'PositionalConv', 'SelfAttention', 'TransformerLayer', 'ContextEncoder']
+__all__ = ['ContextConfig', 'PositionalConv', 'rotation', 'rotate', 'attention_weights', 'attention_kernel', 'attend',
+           'SelfAttention', 'FiLM', 'CrossAttention', 'TransformerLayer', 'ContextEncoder']
 
 # %% ../../nbs/08_models.transformer.ipynb #08-008
 @dataclass(frozen=True)
@@ -22,24 +25,42 @@ class ContextConfig:
 
     num_layers: int = 12  # transformer layers
     num_heads: int = 12  # attention heads; they divide the model's width
-    ffn_ratio: int = 4  # width of the feed-forward network over the model's width
+    ffn_ratio: float = 4  # width of the feed-forward network over the model's width
     norm_first: bool = True  # layer norm before (True) or after (False) attention and feed-forward
     conv_pos: int = 128  # kernel of the positional convolution, frames
     conv_pos_groups: int = 16  # its groups; they divide the model's width
     dropout: float = 0.1  # share of activations dropped in training
     layer_drop: float = 0.0  # chance that a layer is skipped in training
+    positions: str = "conv"  # "conv": added by a convolution; "rotary": turned into queries and keys
+    checkpointing: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    def __post_init__(self):
+        "Refuse what cannot be built."
+        if self.positions not in ("conv", "rotary"):
+            raise ValueError(f"context_encoder.positions is 'conv' or 'rotary', not {self.positions!r}")
+        for name in ("num_layers", "num_heads", "conv_pos", "conv_pos_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"context_encoder.{name} is 1 or more, not {getattr(self, name)}")
+        for name in ("dropout", "layer_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"context_encoder.{name} is a share from 0 to 1, not {getattr(self, name)}")
 
     def check(
         self,
         dim: int,  # width of the model, D
     ) -> None:
         "Refuse heads or groups that do not divide the width, with one sentence."
-        for name in ("num_heads", "conv_pos_groups"):
+        for name in ("num_heads", "conv_pos_groups")[: 2 if self.positions == "conv" else 1]:
             if dim % getattr(self, name):
                 near = next(n for n in range(getattr(self, name), 0, -1) if dim % n == 0)
                 raise ValueError(
                     f"context_encoder.{name}={getattr(self, name)} does not divide embed_dim={dim}; {near} does"
                 )
+        if self.positions == "rotary" and dim // self.num_heads % 2:
+            raise ValueError(
+                f"context_encoder.positions='rotary' turns pairs of channels, and embed_dim={dim} with "
+                f"num_heads={self.num_heads} leaves {dim // self.num_heads} per head: choose heads of even width"
+            )
 
 # %% ../../nbs/08_models.transformer.ipynb #08-011
 class PositionalConv(nn.Module):
@@ -64,7 +85,64 @@ class PositionalConv(nn.Module):
         "Positions of the frames, as seen from their neighbours."
         return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
 
-# %% ../../nbs/08_models.transformer.ipynb #08-013
+# %% ../../nbs/08_models.transformer.ipynb #08-014
+def rotation(
+    frames: int,  # T
+    width: int,  # channels of one head, an even number
+    device: torch.device | str = "cpu",  # where the result lives
+) -> Tensor:  # cosine and sine of the angle of each frame and pair of channels, (2, T, width / 2), float32
+    "Angles of rotary positions; the fastest pair turns by one radian per frame, the slowest by a ten-thousandth."
+    speed = 10000.0 ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angle = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * speed
+    return torch.stack([angle.cos(), angle.sin()])
+
+# %% ../../nbs/08_models.transformer.ipynb #08-015
+def rotate(
+    x: Tensor,  # queries or keys, (B, heads, T, width)
+    turn: Tensor,  # of `rotation`, (2, T, width / 2)
+) -> Tensor:  # the same, turned, (B, heads, T, width)
+    "Turn each pair of channels by the angle of its frame."
+    a, b = x.chunk(2, -1)
+    cos, sin = turn
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+# %% ../../nbs/08_models.transformer.ipynb #08-018
+def attention_weights(
+    q: Tensor,  # queries, (B, heads, T, width)
+    k: Tensor,  # keys, (B, heads, S, width)
+    mask: Tensor | None = None,  # which keys may be looked at, bool, broadcast to (B, heads, T, S); None: all
+) -> Tensor:  # share of each key, (B, heads, T, S); a row sums to one
+    "Softmax of the scaled products of queries and keys; its sums are float32 whatever the type of its input."
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+
+# %% ../../nbs/08_models.transformer.ipynb #08-020
+def attention_kernel(
+    device: str,  # type of the device, such as "cpu" or "cuda"
+    dtype: torch.dtype,  # of queries, keys and values
+    frames: int,  # keys to look at, S
+    backward: bool,  # a backward pass will follow
+) -> str:  # "sdpa": PyTorch's fused kernel; "product": plain batched products
+    "The faster way to attend, as `benchmarks/attention.py` measured it on CPUs; elsewhere the fused kernel."
+    if device != "cpu" or dtype != torch.bfloat16:
+        return "sdpa"
+    return "product" if frames <= (1024 if backward else 256) else "sdpa"
+
+# %% ../../nbs/08_models.transformer.ipynb #08-021
+def attend(
+    q: Tensor,  # queries, (B, heads, T, width)
+    k: Tensor,  # keys, (B, heads, S, width)
+    v: Tensor,  # values, (B, heads, S, width)
+    mask: Tensor | None = None,  # which keys may be looked at, bool, broadcast to (B, heads, T, S); None: all
+    dropout: float = 0.0,  # share of weights dropped
+) -> Tensor:  # mixed values, (B, heads, T, width)
+    "Mix values by attention, the faster way for device, type and length."
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if attention_kernel(q.device.type, q.dtype, k.shape[-2], backward) == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v
+
+# %% ../../nbs/08_models.transformer.ipynb #08-024
 class SelfAttention(nn.Module):
     "Multi-head self-attention ([Vaswani et al., 2017](https://arxiv.org/abs/1706.03762))."
 
@@ -78,16 +156,74 @@ class SelfAttention(nn.Module):
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
+    def heads(
+        self,
+        x: Tensor,  # frames, (B, T, D)
+        turn: Tensor | None = None,  # rotary positions, (2, T, D / heads / 2); None: no order
+    ) -> tuple[Tensor, Tensor, Tensor]:  # queries, keys and values, each (B, heads, T, D / heads)
+        "What each head asks, answers to, and tells."
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v)
+
     def forward(
         self,
         x: Tensor,  # frames, (B, T, D)
+        mask: Tensor | None = None,  # which frames may be looked at, bool, (B, 1, 1, T); None: all
+        turn: Tensor | None = None,  # rotary positions, (2, T, D / heads / 2); None: no order
     ) -> Tensor:  # mixed frames, (B, T, D)
         "Let every frame gather from all others."
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        mixed = attend(*self.heads(x, turn), mask, self.dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/08_models.transformer.ipynb #08-014
+# %% ../../nbs/08_models.transformer.ipynb #08-028
+class FiLM(nn.Module):
+    "Scale and shift of each channel by a condition; the identity before training."
+
+    def __init__(
+        self,
+        dim: int,  # width of the model, D
+    ):
+        super().__init__()
+        self.project = nn.Linear(dim, 2 * dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # frames, (B, T, D)
+        condition: Tensor,  # what is known, (B, D)
+    ) -> Tensor:  # modulated frames, (B, T, D)
+        "Modulate the frames of each window."
+        scale, shift = self.project(condition)[:, None].to(x.dtype).chunk(2, -1)
+        return x * (1 + scale) + shift
+
+# %% ../../nbs/08_models.transformer.ipynb #08-029
+class CrossAttention(nn.Module):
+    "Frames look up tokens; adds nothing before training."
+
+    def __init__(
+        self,
+        dim: int,  # width of the model, D
+        num_heads: int,  # heads; they divide D
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm, self.query, self.key_value = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # frames, (B, T, D)
+        tokens: Tensor,  # what is known, (B, S, D)
+    ) -> Tensor:  # what to add to the frames, (B, T, D)
+        "What each frame learns from the tokens."
+        q = self.query(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+# %% ../../nbs/08_models.transformer.ipynb #08-032
 class TransformerLayer(nn.Module):
     "Attention and a feed-forward network, each with a shortcut and a layer norm."
 
@@ -95,30 +231,52 @@ class TransformerLayer(nn.Module):
         self,
         dim: int,  # width of the model, D
         config: ContextConfig,  # settings
+        fusion: str = "add",  # how a condition enters: "add" (before the layers), "film" or "cross_attention"
     ):
         super().__init__()
-        self.norm_first = config.norm_first
+        self.norm_first, wide = config.norm_first, round(config.ffn_ratio * dim)
         self.attention = SelfAttention(dim, config.num_heads, config.dropout)
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, config.ffn_ratio * dim),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.ffn_ratio * dim, dim),
+            nn.Linear(dim, wide), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(wide, dim)
         )
         self.norm1, self.norm2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(config.dropout)
+        self.film = nn.ModuleList(FiLM(dim) for _ in range(2)) if fusion == "film" else None
+        self.cross = CrossAttention(dim, config.num_heads) if fusion == "cross_attention" else None
 
     def forward(
         self,
         x: Tensor,  # frames, (B, T, D)
+        mask: Tensor | None = None,  # which frames may be looked at, bool, (B, 1, 1, T); None: all
+        turn: Tensor | None = None,  # rotary positions, (2, T, D / heads / 2); None: no order
+        condition: Tensor | None = None,  # (B, D) for FiLM, (B, S, D) for cross-attention; None: nothing is known
     ) -> Tensor:  # frames, (B, T, D)
         "One layer."
-        if self.norm_first:
-            x = x + self.dropout(self.attention(self.norm1(x)))
-            return x + self.dropout(self.feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x)))
-        return self.norm2(x + self.dropout(self.feed_forward(x)))
+        read = self.norm1(x) if self.norm_first else x
+        x = x + self.dropout(self.attention(self._modulate(read, condition, 0), mask, turn))
+        x = x if self.norm_first else self.norm1(x)
+        if self.cross is not None and condition is not None:
+            x = x + self.dropout(self.cross(x, condition))
+        read = self.norm2(x) if self.norm_first else x
+        x = x + self.dropout(self.feed_forward(self._modulate(read, condition, 1)))
+        return x if self.norm_first else self.norm2(x)
 
-# %% ../../nbs/08_models.transformer.ipynb #08-017
+    def _modulate(self, x, condition, which):
+        return x if self.film is None or condition is None else self.film[which](x, condition)
+
+# %% ../../nbs/08_models.transformer.ipynb #08-035
+def _check(encoder: ContextEncoder, x: Tensor, layers: int | None, condition: Tensor | None) -> None:
+    "Refuse layers that do not exist and conditions of another kind than the fusion's."
+    if layers is not None and not 0 <= layers <= len(encoder.layers):
+        count = len(encoder.layers)
+        raise ValueError(f"the context network has layers 0 (its input) to {count}, and {layers} was asked")
+    expected = 3 if encoder.fusion == "cross_attention" else 2
+    if condition is not None and (condition.ndim != expected or condition.shape[0] != x.shape[0]):
+        shape = "(batch, tokens, width)" if expected == 3 else "(batch, width)"
+        raise ValueError(
+            f"a condition for {encoder.fusion!r} is {shape} with a batch of {len(x)}, not {tuple(condition.shape)}"
+        )
+
+# %% ../../nbs/08_models.transformer.ipynb #08-036
 class ContextEncoder(nn.Module):
     "Positions, transformer layers, and a layer norm."
 
@@ -126,29 +284,50 @@ class ContextEncoder(nn.Module):
         self,
         dim: int,  # width of the model, D
         config: ContextConfig = ContextConfig(),  # noqa: B008  frozen, so safe to share
+        fusion: str = "add",  # how a condition enters: "add", "film" or "cross_attention"
     ):
         super().__init__()
         config.check(dim)
-        self.config = config
-        self.position = PositionalConv(dim, config.conv_pos, config.conv_pos_groups)
+        if fusion not in ("add", "film", "cross_attention"):
+            raise ValueError(f"fusion is 'add', 'film' or 'cross_attention', not {fusion!r}")
+        self.config, self.fusion, self.width = config, fusion, dim // config.num_heads
+        conv = config.positions == "conv"
+        self.position = PositionalConv(dim, config.conv_pos, config.conv_pos_groups) if conv else None
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(TransformerLayer(dim, config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerLayer(dim, config, fusion) for _ in range(config.num_layers))
 
     def forward(
         self,
         x: Tensor,  # frames, (B, T, D)
         layers: int | None = None,  # stop after so many layers; None: all
-    ) -> list[Tensor]:  # input and the output of each layer run, each (B, T, D)
-        "Run the network and return what each layer made."
-        states, norm_first = [x], self.config.norm_first
+        padding_mask: Tensor | None = None,  # which frames are real, (B, T) bool; None: all
+        condition: Tensor | None = None,  # (B, D) to add or for FiLM, (B, S, D) for cross-attention; None: nothing
+    ) -> list[Tensor]:  # input and the output of each layer run, each (B, T, D); padded frames mean nothing
+        "Run the network and return what each layer made; what stands in padded frames changes no real one."
+        _check(self, x, layers, condition)
+        if condition is not None and self.fusion == "add":
+            x = x + condition[:, None].to(x.dtype)
+        mask = None
+        if padding_mask is not None:
+            # A window without any real frame looks at all, because a softmax over nothing is not a number.
+            mask = (padding_mask | ~padding_mask.any(1, keepdim=True))[:, None, None]
+            x = x.masked_fill(~padding_mask[..., None], 0)
+        states = [x]
         if layers == 0:
             return states
-        x = x + self.position(x)
-        x = self.dropout(x if norm_first else self.norm(x))
+        x = x if self.position is None else x + self.position(x)
+        x = self.dropout(x if self.config.norm_first else self.norm(x))
+        turn = rotation(x.shape[1], self.width, x.device) if self.position is None else None
         for layer in self.layers[:layers]:
-            skip = self.training and self.config.layer_drop > 0 and torch.rand(()) < self.config.layer_drop
-            x = x if skip else layer(x)
+            x = self._run(layer, x, mask, turn, condition)
             states.append(x)
-        if norm_first and len(states) == len(self.layers) + 1:
+        if self.config.norm_first and len(states) == len(self.layers) + 1:
             states[-1] = self.norm(x)
         return states
+
+    def _run(self, layer, x, *known):
+        drop = self.config.layer_drop
+        if self.training and drop > 0 and torch.rand(()) < drop:
+            return x
+        light = self.config.checkpointing and self.training and torch.is_grad_enabled()
+        return (partial(checkpoint, layer, use_reentrant=False) if light else layer)(x, *known)

@@ -1,0 +1,105 @@
+"""Measure sides of a comparison in one process: correctness first, then interleaved rounds, medians of CPU and wall.
+
+CPU time counts this process and the children it has waited for, so a ratio of CPU times is a ratio per core and holds
+on a machine that others use too; wall time means something only where the load average is low.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("gp2vec", "numpy", "scipy", "torch", "numba", "obspy", "pymseed", "webdataset")
+
+
+def cpu_time() -> float:
+    "Seconds of CPU time of this process and of the children it has waited for."
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def machine() -> str:
+    "The processor, the cores, the memory and the Python of this machine."
+    cpus = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    "Versions of the packages that the figures depend on."
+    out = {}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    "The options that every benchmark has: --rounds and --json."
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which the median counts")
+    parser.add_argument("--json", type=Path, help="file to which a row is appended")
+    return parser.parse_args()
+
+
+def _once(side: Callable[[], Any]) -> tuple[float, float]:
+    gc.collect()
+    wall, cpu = time.perf_counter(), cpu_time()
+    result = side()
+    spent = cpu_time() - cpu, time.perf_counter() - wall
+    del result
+    return spent
+
+
+def compare(
+    row: str,  # what is measured
+    sides: Mapping[str, Callable[[], Any]],  # name -> what to run; the first is ours, the others are peers
+    rounds: int = 5,  # of each side
+    gate: Callable[[dict[str, Any]], str] | None = None,  # asserts on the results by name, says what holds
+    out: Path | None = None,  # file to which the row is appended as JSON
+) -> dict[str, Any]:  # the row
+    "Run each side once for the gate and to warm up, then `rounds` times in turn; print and return medians and ratios."
+    load = os.getloadavg()[0]
+    holds = gate({name: side() for name, side in sides.items()}) if gate else ""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(_once(side))
+    result: dict[str, Any] = {"row": row, "gate": holds, "rounds": rounds, "load": [load, os.getloadavg()[0]]}
+    result |= {"machine": machine(), "versions": versions(), "sides": {}}
+    print(f"{row}\n  gate: {holds or 'none'}\n  load {load:.1f} -> {os.getloadavg()[0]:.1f}; {result['machine']}")
+    ours = next(iter(sides))
+    base = [statistics.median(t[i] for t in times[ours]) for i in (0, 1)]
+    for name, spent in times.items():
+        cpu, wall = ([t[i] for t in spent] for i in (0, 1))
+        middle = statistics.median(cpu), statistics.median(wall)
+        side = {
+            "cpu": middle[0],
+            "cpu_range": [min(cpu), max(cpu)],
+            "wall": middle[1],
+            "wall_range": [min(wall), max(wall)],
+        }
+        if name != ours:
+            side |= {"cpu_ratio": middle[0] / base[0], "wall_ratio": middle[1] / base[1]}
+        result["sides"][name] = side
+        ratio = f"  {side['cpu_ratio']:6.2f} x CPU {side['wall_ratio']:6.2f} x wall" if name != ours else ""
+        print(
+            f"  {name:32} CPU {middle[0]:8.4f} s ({min(cpu):.4f}..{max(cpu):.4f})"
+            f"  wall {middle[1]:8.4f} s ({min(wall):.4f}..{max(wall):.4f}){ratio}"
+        )
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    return result
