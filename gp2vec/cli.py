@@ -157,6 +157,8 @@ def metadata(
     channels: Codes = [],  # noqa: B006
     start: Time = "",
     end: Time = "",
+    cache: str = "cache/fdsn",
+    refresh: Annotated[bool, Parameter(negative="")] = False,
     extract_features: Annotated[bool, Parameter(negative="")] = True,
 ) -> None:
     """Make the station table, from a service, an archive or files.
@@ -172,7 +174,7 @@ def metadata(
     inventory
         StationXML files, or patterns of them.
     manifest
-        Manifest that names the stations of the archive; its listing where not given.
+        Manifest that names the channels and times to ask a service for, or the stations of the archive.
     networks
         Network codes, wildcards allowed.
     stations
@@ -183,23 +185,29 @@ def metadata(
         Epochs that end after it, UTC.
     end
         Epochs that begin before it, UTC.
+    cache
+        Folder that keeps what a service answered, so that it is not asked twice.
+    refresh
+        Ask the service again.
     extract_features
         Sample response curves at fixed frequencies; always done, for scripts that say so.
     """
     from gp2vec.data.archive import Archive, read_manifest
-    from gp2vec.data.metadata import StationMetadataManager
+    from gp2vec.data.metadata import StationMetadataManager, StationService
 
     _only_one(client=client, archive=archive, inventory=inventory)
     codes = _codes(networks), _codes(stations), _codes(channels)
+    listed = read_manifest(manifest) if manifest else None
     if client:
-        manager = StationMetadataManager.from_fdsn(client, *codes, start or None, end or None)
+        service = StationService(client, cache, refresh)
+        manager = StationMetadataManager.from_fdsn(service, *codes, start or None, end or None, listed)
     elif inventory:
         if any(codes) or start or end:
             raise ValueError("--inventory takes whole files: leave out networks, stations, channels, start and end")
         manager = StationMetadataManager.from_files(list(_codes(inventory)))
     else:
         place = Archive(archive)
-        listed = read_manifest(manifest) if manifest else place.list(*codes, start or None, end or None)
+        listed = place.list(*codes, start or None, end or None) if listed is None else listed
         manager = StationMetadataManager.from_archive(place, listed)
     manager.write(output)
     missing = f", none found for {', '.join(manager.missing)}" if manager.missing else ""

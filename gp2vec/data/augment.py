@@ -5,96 +5,284 @@
 # %% ../../nbs/04_data.augment.ipynb #04-003
 from __future__ import annotations
 
+import dataclasses
 import math
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['time_shift', 'amplitude_scale', 'coloured_noise', 'add_noise', 'band_filter', 'polarity_flip', 'rotate_horizontals',
-           'component_dropout', 'AugmentConfig', 'Augment']
+__all__ = ['sample_keys', 'Draws', 'Augmented', 'AugmentConfig', 'time_shift', 'wandering_gain', 'coloured_noise', 'add_at',
+           'partners', 'band_filter', 'rotate_horizontals', 'hide', 'drop_components', 'Augment']
 
 # %% ../../nbs/04_data.augment.ipynb #04-008
-def _uniform(size: tuple[int, ...], low: float, high: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers in [low, high), on the device of `like`."""
-    device = generator.device if generator is not None else like.device
-    return (torch.rand(size, generator=generator, device=device) * (high - low) + low).to(like.device)
+def _signed(value: int) -> int:
+    "A 64-bit pattern as the int64 that torch counts with; its products wrap round."
+    return (value + 2**63) % 2**64 - 2**63
 
 
-def _normal(size: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers, on the device and in the precision of `like`."""
-    device = generator.device if generator is not None else like.device
-    return torch.randn(size, generator=generator, device=device).to(like.device, like.dtype)
+_STEP, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+def _mix(x: Tensor) -> Tensor:
+    "SplitMix64: every bit of the answer depends on every bit of `x`."
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def sample_keys(
+    seed: int,  # of the run
+    epoch: int,  # another epoch, another draw
+    *fields: Tensor | Sequence[str],  # what tells windows apart, such as their start times and ids, (B,) each
+) -> Tensor:  # one key per window, (B,) int64, on the device of the fields
+    "Keys that depend on nothing but the seed, the epoch and each window itself."
+    device = next((field.device for field in fields if isinstance(field, Tensor)), "cpu")
+    keys = torch.zeros(len(fields[0]), dtype=torch.int64, device=device)
+    for field in (torch.tensor([_signed(seed)]), torch.tensor([epoch]), *fields):
+        names = field if isinstance(field, Tensor) else torch.tensor([zlib.crc32(name.encode()) for name in field])
+        keys = _mix(keys + _STEP + names.to(device, torch.int64))
+    return keys
+
+
+class Draws:
+    "Random numbers of each window, by name."
+
+    def __init__(
+        self,
+        keys: Tensor,  # one per window, (B,) int64, as from `sample_keys`
+    ):
+        self.keys = keys
+
+    def bits(
+        self,
+        name: str,  # of the draw
+        count: int,  # numbers per window, n
+    ) -> Tensor:  # random 64-bit integers, (B, n)
+        "The numbers that all others are made of."
+        counter = torch.arange(1, count + 1, device=self.keys.device) * _STEP
+        return _mix(_mix(self.keys + zlib.crc32(name.encode()))[:, None] + counter)
+
+    def uniform(
+        self,
+        name: str,  # of the draw
+        low: float = 0.0,  # smallest value
+        high: float = 1.0,  # never reached
+        count: int = 1,  # numbers per window, n
+    ) -> Tensor:  # (B, n) float32, or (B,) where n is 1
+        "Evenly spread numbers."
+        numbers = ((self.bits(name, count) >> 40) & 0xFFFFFF) / 2**24 * (high - low) + low
+        return numbers[:, 0] if count == 1 else numbers
+
+# %% ../../nbs/04_data.augment.ipynb #04-011
+@dataclass(frozen=True)
+class Augmented:
+    "A batch after augmentation; what was not given stays None."
+
+    waveforms: Tensor  # (B, C, N)
+    component_mask: Tensor  # which components are real, (B, C) bool
+    log_scale: Tensor | None = None  # log10 of each window's scale, (B,)
+    picks: Tensor | None = None  # sample of each pick, (B, P) float, NaN for none; (B, 2P) once windows are superposed
+    back_azimuth: Tensor | None = None  # from the station to the event, degrees clockwise from N, (B,)
+
+# %% ../../nbs/04_data.augment.ipynb #04-012
+@dataclass(frozen=True)
+class AugmentConfig:
+    "How often and how strongly to augment; refuses probabilities outside 0..1 and empty ranges with `ValueError`."
+
+    sampling_rate: float = 100.0  # Hz
+    shift_probability: float = 0.5  # share of windows moved in time
+    max_shift: float = 1.0  # largest shift either way, s
+    scale_probability: float = 0.5  # share of windows made louder or quieter
+    scale_range: tuple[float, float] = (0.3, 3.0)  # factors
+    jitter_probability: float = 0.0  # share of windows whose gain wanders
+    jitter_range: tuple[float, float] = (0.5, 2.0)  # rms of the wandering gain, dB
+    noise_probability: float = 0.3  # share of windows with Gaussian noise
+    colour_range: tuple[float, float] = (0.0, 2.0)  # a in power ~ 1 / f**a
+    real_noise_probability: float = 0.0  # share of windows with recorded noise
+    snr_range: tuple[float, float] = (5.0, 30.0)  # signal-to-noise ratio of either noise, dB
+    superpose_probability: float = 0.0  # share of windows with a second event
+    superpose_range: tuple[float, float] = (-6.0, 12.0)  # how much louder the first event is, dB
+    superpose_shift: float = 10.0  # largest shift of the second event either way, s
+    band_probability: float = 0.2  # share of windows band-filtered
+    low_range: tuple[float, float] = (0.5, 3.0)  # lower corner, Hz
+    high_range: tuple[float, float] = (10.0, 45.0)  # upper corner, Hz
+    flip_probability: float = 0.5  # share of windows with reversed polarity
+    rotate_probability: float = 0.0  # share of windows turned about the vertical by any angle
+    hide_probability: float = 0.0  # share of windows with a hidden stretch
+    hide_range: tuple[float, float] = (0.5, 3.0)  # its length, s
+    dropout_probability: float = 0.1  # share of windows that may lose components
+    component_dropout: float = 0.4  # probability that such a window loses a given component
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_range"):
+                if len(value) != 2 or not value[0] <= value[1]:
+                    raise ValueError(f"{field.name} must be (low, high) with low <= high, got {value!r}: swap them")
+            elif field.name.endswith("_probability") or field.name == "component_dropout":
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{field.name} must be a probability in 0..1, got {value!r}: change it")
+        for name in ("sampling_rate", "scale_range", "hide_range", "max_shift", "superpose_shift"):
+            value = getattr(self, name)
+            least = value[0] if name.endswith("_range") else value
+            if not (least >= 0 if name.endswith("_shift") else least > 0):
+                raise ValueError(f"{name} must be above 0, shifts at least 0, got {value!r}: change it")
+
+# %% ../../nbs/04_data.augment.ipynb #04-013
 def _check_batch(x: Tensor) -> None:
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(
             f"expected float waveforms (B, C, N), got {x.dtype} {tuple(x.shape)}: batch and cast them first"
         )
 
-# %% ../../nbs/04_data.augment.ipynb #04-010
+
+def _column(values: Tensor, x: Tensor) -> Tensor:
+    "One number per window, ready to be multiplied with `x`."
+    return values.to(x.device, x.dtype).view(-1, 1, 1)
+
+
+def _rows(draws: Draws, name: str, probability: float) -> Tensor:
+    "The windows that a change falls on, (n,)."
+    return (draws.uniform(f"{name}?") < probability).nonzero()[:, 0]
+
+
+def _inside(picks: Tensor, samples: int) -> Tensor:
+    "Picks that lie in the window; the others become NaN."
+    return torch.where((picks >= 0) & (picks <= samples - 1), picks, torch.nan)
+
+# %% ../../nbs/04_data.augment.ipynb #04-015
 def time_shift(
     x: Tensor,  # waveforms, (B, C, N), any unit
     shift: Tensor,  # samples by which each window comes later (negative: earlier), (B,) integers
 ) -> Tensor:  # shifted waveforms, (B, C, N), zeros where nothing is known
-    """Move each window in time; all components of a window move together."""
+    "Move each window in time; all components of a window move together."
     _check_batch(x)
     index = torch.arange(x.shape[-1], device=x.device) - shift.to(x.device).view(-1, 1)  # (B, N)
     known = (index >= 0) & (index < x.shape[-1])
     index = index.clamp(0, x.shape[-1] - 1)[:, None].expand_as(x)
     return torch.gather(x, 2, index) * known[:, None]
 
-# %% ../../nbs/04_data.augment.ipynb #04-013
-def amplitude_scale(
+
+def _shift(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    limit = config.max_shift * config.sampling_rate
+    chosen = draws.uniform("shift?") < config.shift_probability
+    shift = (draws.uniform("shift", -limit, limit) * chosen).round().long()
+    picks = None if batch.picks is None else _inside(batch.picks + shift[:, None], batch.waveforms.shape[-1])
+    return dataclasses.replace(batch, waveforms=time_shift(batch.waveforms, shift), picks=picks)
+
+# %% ../../nbs/04_data.augment.ipynb #04-018
+def wandering_gain(
     x: Tensor,  # waveforms, (B, C, N), any unit
-    low: float = 0.5,  # smallest factor, above 0
-    high: float = 2.0,  # largest factor
-    generator: torch.Generator | None = None,  # source of randomness
-) -> tuple[Tensor, Tensor]:  # scaled waveforms, (B, C, N); log10 of each window's factor, (B,)
-    """Multiply each window by one factor, drawn evenly on a logarithmic scale; `ValueError` unless 0 < low <= high."""
+    strength: Tensor,  # rms of each window's gain, dB, (B,)
+    phases: Tensor,  # of the cosines, radians, (B, 3)
+) -> Tensor:  # waveforms, (B, C, N)
+    "Multiply each window by a slowly varying gain, the same for its components."
     _check_batch(x)
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"expected 0 < low <= high, got {low!r} and {high!r}: give a range of factors")
-    log_factor = _uniform((x.shape[0],), math.log10(low), math.log10(high), x, generator)
-    return x * (10**log_factor).to(x.dtype).view(-1, 1, 1), log_factor
-
-# %% ../../nbs/04_data.augment.ipynb #04-016
-def coloured_noise(
-    like: Tensor,  # gives shape, device and dtype, (B, C, N)
-    exponent: Tensor | float = 0.0,  # a in power ~ 1 / f**a: 0 white, 1 pink, 2 brown; one number or (B,)
-    generator: torch.Generator | None = None,  # source of randomness
-) -> Tensor:  # noise of rms 1 per component, (B, C, N)
-    """Gaussian noise whose power falls as a power of frequency; without a mean."""
-    _check_batch(like)
-    n = like.shape[-1]
-    white = _normal(tuple(like.shape), like, generator).float()
-    exponent = torch.as_tensor(exponent, device=like.device, dtype=torch.float32).view(-1, 1, 1)
-    frequency = torch.arange(n // 2 + 1, device=like.device, dtype=torch.float32).clamp(min=1.0)
-    spectrum = torch.fft.rfft(white) * frequency ** (-exponent / 2)
-    spectrum[..., 0] = 0
-    noise = torch.fft.irfft(spectrum, n=n)
-    return (noise / noise.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)).to(like.dtype)
+    turns = torch.arange(1, 4, device=x.device).view(1, 3, 1) * torch.linspace(
+        0, 2 * math.pi, x.shape[-1], device=x.device
+    )
+    curve = torch.cos(turns + phases.to(x.device)[..., None]).sum(1, keepdim=True) / math.sqrt(1.5)  # rms 1
+    return x * (10 ** (curve * _column(strength, curve) / 20)).to(x.dtype)
 
 
-def add_noise(
-    x: Tensor,  # waveforms, (B, C, N), any unit
-    snr_db: Tensor,  # signal-to-noise ratio of each window, dB, (B,)
-    component_mask: Tensor | None = None,  # which components are real, (B, C) bool; all where None
-    exponent: Tensor | float = 0.0,  # colour, see `coloured_noise`
-    generator: torch.Generator | None = None,  # source of randomness
-) -> Tensor:  # noisy waveforms, (B, C, N)
-    """Add Gaussian noise at a given ratio of rms; masked components stay zero."""
-    _check_batch(x)
-    real = torch.ones_like(x[..., 0], dtype=torch.bool) if component_mask is None else component_mask
-    power = (x.square().mean(-1) * real).sum(1) / real.sum(1).clamp(min=1)
-    level = power.sqrt() * 10 ** (-snr_db.to(x.device, x.dtype) / 20)
-    return x + coloured_noise(x, exponent, generator) * level.view(-1, 1, 1) * real[..., None]
+def _amplitude(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    strength = draws.uniform("jitter", *config.jitter_range) * (draws.uniform("jitter?") < config.jitter_probability)
+    x = wandering_gain(batch.waveforms, strength, draws.uniform("phase", 0, 2 * math.pi, 3))
+    low, high = config.scale_range
+    log_factor = draws.uniform("scale", math.log10(low), math.log10(high)) * (
+        draws.uniform("scale?") < config.scale_probability
+    )
+    log_scale = None if batch.log_scale is None else batch.log_scale + log_factor.to(batch.log_scale.dtype)
+    return dataclasses.replace(batch, waveforms=x * _column(10**log_factor, x), log_scale=log_scale)
 
 # %% ../../nbs/04_data.augment.ipynb #04-021
+def coloured_noise(
+    draws: Draws,  # of each window
+    shape: Sequence[int],  # components C and samples N
+    exponent: Tensor,  # a in power ~ 1 / f**a: 0 white, 1 pink, 2 brown, (B,)
+) -> Tensor:  # noise of rms 1 per component, (B, C, N) float32
+    "Gaussian noise whose power falls as a power of frequency; without a mean."
+    components, n = shape
+    bits = draws.bits("noise", components * (n // 2 + 1)).view(-1, components, n // 2 + 1)
+    radius = (-2 * (((bits & 0xFFFFFFFF) + 1) / 2**32).log()).sqrt()  # Box and Muller: two normal numbers of 64 bits
+    frequency = torch.arange(n // 2 + 1, device=bits.device, dtype=torch.float32).clamp(min=1.0)
+    radius = radius * frequency ** (-exponent.to(bits.device, torch.float32).view(-1, 1, 1) / 2)
+    spectrum = torch.polar(radius, (bits >> 32) * (math.pi / 2**31))
+    spectrum[..., 0] = 0
+    noise = torch.fft.irfft(spectrum, n=n)
+    return noise / noise.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def add_at(
+    x: Tensor,  # waveforms, (B, C, N), any unit
+    other: Tensor,  # what to add, (B, C, N), any unit
+    ratio: Tensor,  # rms of `x` to that of `other` after scaling, dB, (B,)
+    common: Tensor,  # components that both have, (B, C) bool
+) -> Tensor:  # the sum, (B, C, N); as it was where they have no component in common
+    "Add waveforms at a given ratio of rms."
+    _check_batch(x)
+    power, added = ((w.square().mean(-1) * common).sum(1) for w in (x, other))
+    level = (power / added.clamp(min=1e-20)).sqrt() * 10 ** (-ratio.to(x.device, x.dtype) / 20) * (added > 0)
+    return x + other.to(x.dtype) * level.view(-1, 1, 1) * common[..., None]
+
+# %% ../../nbs/04_data.augment.ipynb #04-022
+def partners(
+    keys: Tensor,  # one per window, (B,) int64
+    rows: Tensor,  # windows that want a partner, (n,)
+    able: Tensor,  # windows that can be one, (B,) bool
+) -> tuple[Tensor, Tensor]:  # partner of each row, (n,); whether there is one, (n,) bool
+    "Another window of the batch for each row, chosen by the two keys, so that the order of the batch does not matter."
+    allowed = able & (keys != keys[rows][:, None])
+    score = _mix(_mix(keys[rows])[:, None] ^ keys).masked_fill(~allowed, torch.iinfo(torch.int64).min)
+    return score.argmax(1), allowed.any(1)
+
+
+def _noise(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    rows, x = _rows(draws, "noise", config.noise_probability), batch.waveforms
+    if not len(rows):
+        return batch
+    some = Draws(draws.keys[rows])
+    noise = coloured_noise(some, x.shape[1:], some.uniform("colour", *config.colour_range))
+    noisy = add_at(x[rows], noise.to(x.dtype), some.uniform("snr", *config.snr_range), batch.component_mask[rows])
+    return dataclasses.replace(batch, waveforms=x.index_copy(0, rows, noisy))
+
+
+def _real_noise(batch: Augmented, draws: Draws, config: AugmentConfig, bank: Tensor | None) -> Augmented:
+    rows, x, mask = _rows(draws, "real", config.real_noise_probability), batch.waveforms, batch.component_mask
+    some = Draws(draws.keys[rows])
+    if bank is None:
+        able = torch.ones_like(mask[:, 0]) if batch.picks is None else batch.picks.isnan().all(1)
+        index, there = partners(draws.keys, rows, able)
+        noise, common = x[index], mask[rows] & mask[index] & there[:, None]
+    else:
+        noise = bank[(some.uniform("bank") * len(bank)).long()].to(x)
+        common = mask[rows] & (noise != 0).any(-1)
+    noisy = add_at(x[rows], noise, some.uniform("real snr", *config.snr_range), common)
+    return dataclasses.replace(batch, waveforms=x.index_copy(0, rows, noisy))
+
+# %% ../../nbs/04_data.augment.ipynb #04-027
+def _superpose(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    rows, x, mask = _rows(draws, "superpose", config.superpose_probability), batch.waveforms, batch.component_mask
+    able = torch.ones_like(mask[:, 0]) if batch.picks is None else batch.picks.isfinite().any(1)
+    (index, there), some = partners(draws.keys, rows, able), Draws(draws.keys[rows])
+    limit = config.superpose_shift * config.sampling_rate
+    shift = some.uniform("second shift", -limit, limit).round().long()
+    common = mask[rows] & mask[index] & there[:, None]
+    both = add_at(x[rows], time_shift(x[index], shift), some.uniform("second", *config.superpose_range), common)
+    picks = batch.picks
+    if picks is not None:
+        second = torch.where(common.any(1, keepdim=True), picks[index] + shift[:, None], torch.nan)
+        second = torch.full_like(picks, torch.nan).index_copy(0, rows, _inside(second, x.shape[-1]))
+        picks = torch.cat([picks, second], 1)
+    return dataclasses.replace(batch, waveforms=x.index_copy(0, rows, both), picks=picks)
+
+# %% ../../nbs/04_data.augment.ipynb #04-030
 def _one_pole_pair(frequency: Tensor, corner: Tensor, high: bool) -> Tensor:
-    """Response of a digital second-order Butterworth filter; frequencies are tan(pi f / rate) throughout."""
+    "Response of a digital second-order Butterworth filter; frequencies are tan(pi f / rate) throughout."
     s = 1j * frequency / corner
     denominator = s * s + math.sqrt(2) * s + 1
     return (s * s if high else torch.ones_like(s)) / denominator
@@ -106,7 +294,7 @@ def band_filter(
     high: Tensor,  # upper corner of each window, Hz, (B,); rate / 2 or more keeps everything above
     sampling_rate: float = 100.0,  # Hz
 ) -> Tensor:  # filtered waveforms, (B, C, N)
-    """Causal second-order Butterworth band-pass, one band per window; starts from rest."""
+    "Causal second-order Butterworth band-pass, one band per window; starts from rest."
     _check_batch(x)
     n = x.shape[-1]
     size = 2 ** math.ceil(math.log2(4 * n))  # room for the tail of the response, which would wrap round
@@ -121,139 +309,110 @@ def band_filter(
     spectrum = torch.fft.rfft(x.float(), n=size) * response.to(torch.complex64)[:, None]
     return torch.fft.irfft(spectrum, n=size)[..., :n].to(x.dtype)
 
-# %% ../../nbs/04_data.augment.ipynb #04-026
-def polarity_flip(
-    x: Tensor,  # waveforms, (B, C, N), any unit
-    flip: Tensor,  # which windows to flip, (B,) bool
-) -> Tensor:  # waveforms, (B, C, N)
-    """Change the sign of all components of the chosen windows."""
-    _check_batch(x)
-    return x * (1 - 2 * flip.to(x.device, x.dtype)).view(-1, 1, 1)
 
+def _band(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    rows, x = _rows(draws, "band", config.band_probability), batch.waveforms
+    if not len(rows):
+        return batch
+    some = Draws(draws.keys[rows])
+    corners = some.uniform("low", *config.low_range), some.uniform("high", *config.high_range)
+    return dataclasses.replace(
+        batch, waveforms=x.index_copy(0, rows, band_filter(x[rows], *corners, config.sampling_rate))
+    )
 
+# %% ../../nbs/04_data.augment.ipynb #04-035
 def rotate_horizontals(
     x: Tensor,  # waveforms in the order Z, N, E, (B, 3, N), any unit
     angle: Tensor,  # clockwise turn of the sensor seen from above, radians, (B,)
-    component_mask: Tensor | None = None,  # which components are real, (B, 3) bool; all where None
 ) -> Tensor:  # waveforms as the turned sensor would have recorded them, (B, 3, N)
-    """Turn N and E about the vertical; windows without both stay as they are."""
+    "Turn N and E about the vertical."
     _check_batch(x)
     if x.shape[1] != 3:
         raise ValueError(f"expected the three components Z, N, E, got {x.shape[1]}: leave rotation out")
-    angle = angle.to(x.device)
-    if component_mask is not None:
-        angle = torch.where(component_mask[:, 1] & component_mask[:, 2], angle, 0.0)
-    cos, sin = (f(angle).to(x.dtype).view(-1, 1) for f in (torch.cos, torch.sin))
+    cos, sin = (f(angle).to(x.device, x.dtype).view(-1, 1) for f in (torch.cos, torch.sin))
     z, n, e = x.unbind(1)
     return torch.stack([z, n * cos + e * sin, e * cos - n * sin], dim=1)
 
-# %% ../../nbs/04_data.augment.ipynb #04-029
-def component_dropout(
+
+def _orient(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    x, azimuth = batch.waveforms, batch.back_azimuth
+    flip = draws.uniform("flip?") < config.flip_probability
+    x = x * (1 - 2 * _column(flip, x))
+    if config.rotate_probability:
+        turns = (draws.uniform("rotate?") < config.rotate_probability) & batch.component_mask[:, 1:].all(1)
+        angle = draws.uniform("angle", 0.0, 2 * math.pi) * turns
+        x = rotate_horizontals(x, angle)
+        azimuth = None if azimuth is None else (azimuth - torch.rad2deg(angle).to(azimuth)) % 360
+    return dataclasses.replace(batch, waveforms=x, back_azimuth=azimuth)
+
+# %% ../../nbs/04_data.augment.ipynb #04-038
+def hide(
+    x: Tensor,  # waveforms, (B, C, N), any unit
+    start: Tensor,  # first hidden sample of each window, (B,)
+    length: Tensor,  # hidden samples, (B,)
+) -> Tensor:  # waveforms with zeros there, (B, C, N)
+    "Hide a stretch of each window."
+    _check_batch(x)
+    since = torch.arange(x.shape[-1], device=x.device) - start.to(x.device).view(-1, 1)
+    return x * ~((since >= 0) & (since < length.to(x.device).view(-1, 1)))[:, None]
+
+
+def drop_components(
     x: Tensor,  # waveforms, (B, C, N), any unit
     component_mask: Tensor,  # which components are real, (B, C) bool
-    p: float = 0.3,  # probability that a component is dropped, 0 to 1
-    generator: torch.Generator | None = None,  # source of randomness
+    chance: Tensor,  # evenly spread in [0, 1), (B, C)
+    p: Tensor,  # probability that a component of the window is dropped, (B,)
 ) -> tuple[Tensor, Tensor]:  # waveforms with the dropped rows zero, (B, C, N); the new mask, (B, C) bool
-    """Drop components at random; one real component always survives."""
+    "Drop the components whose chance is below `p`; the real one with the best chance always survives."
     _check_batch(x)
-    draws = _uniform(tuple(component_mask.shape), 0.0, 1.0, x, generator)
-    # The real component with the largest draw survives whatever p is.
-    best = draws.masked_fill(~component_mask, -1.0).argmax(1, keepdim=True)
-    keep = (draws >= p).scatter(1, best, True) & component_mask
+    best = chance.masked_fill(~component_mask, -1.0).argmax(1, keepdim=True)
+    keep = (chance >= p[:, None]).scatter(1, best, True) & component_mask
     return x * keep[..., None], keep
 
-# %% ../../nbs/04_data.augment.ipynb #04-032
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How often and how strongly to augment; refuses probabilities outside 0..1 and empty ranges with `ValueError`."""
 
-    sampling_rate: float = 100.0  # Hz
-    shift_probability: float = 0.5  # share of windows moved in time
-    max_shift: float = 1.0  # largest shift either way, s
-    scale_probability: float = 0.5  # share of windows made louder or quieter
-    scale_range: tuple[float, float] = (0.3, 3.0)  # factors
-    noise_probability: float = 0.3  # share of windows with noise
-    snr_range: tuple[float, float] = (5.0, 30.0)  # signal-to-noise ratio, dB
-    colour_range: tuple[float, float] = (0.0, 2.0)  # a in power ~ 1 / f**a
-    band_probability: float = 0.2  # share of windows band-filtered
-    low_range: tuple[float, float] = (0.5, 3.0)  # lower corner, Hz
-    high_range: tuple[float, float] = (10.0, 45.0)  # upper corner, Hz
-    flip_probability: float = 0.5  # share of windows with reversed polarity
-    rotate_probability: float = 0.0  # share of windows turned about the vertical by any angle
-    dropout_probability: float = 0.1  # share of windows that may lose components
-    component_dropout: float = 0.4  # probability that such a window loses a given component
+def _lose(batch: Augmented, draws: Draws, config: AugmentConfig) -> Augmented:
+    x, picks, samples = batch.waveforms, batch.picks, batch.waveforms.shape[-1]
+    length = draws.uniform("hidden", *config.hide_range) * config.sampling_rate
+    length = (length.clamp(max=samples) * (draws.uniform("hide?") < config.hide_probability)).round()
+    start = (draws.uniform("hidden from") * (samples - length + 1)).floor()
+    if picks is not None:
+        hidden = (picks >= start[:, None]) & (picks < (start + length)[:, None])
+        picks = picks.masked_fill(hidden, torch.nan)
+    p = config.component_dropout * (draws.uniform("dropout?") < config.dropout_probability)
+    chance = draws.uniform("dropout", count=x.shape[1]).view(x.shape[:2])
+    x, mask = drop_components(hide(x, start, length), batch.component_mask, chance, p)
+    return dataclasses.replace(batch, waveforms=x, component_mask=mask, picks=picks)
 
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_range"):
-                if len(value) != 2 or not value[0] <= value[1]:
-                    raise ValueError(f"{field.name} must be (low, high) with low <= high, got {value!r}: swap them")
-            elif field.name.endswith("_probability") or field.name == "component_dropout":
-                if not 0 <= value <= 1:
-                    raise ValueError(f"{field.name} must be a probability in 0..1, got {value!r}: change it")
-        if not (self.sampling_rate > 0 and self.max_shift >= 0 and self.scale_range[0] > 0):
-            raise ValueError(
-                f"sampling_rate and scale_range must be above 0 and max_shift at least 0, "
-                f"got {self.sampling_rate}, {self.scale_range}, {self.max_shift}: change them"
-            )
-
-# %% ../../nbs/04_data.augment.ipynb #04-034
+# %% ../../nbs/04_data.augment.ipynb #04-041
 class Augment:
-    """Random changes to a batch, each with its own probability per window."""
+    "Random changes to a batch, each with its own probability per window."
 
     def __init__(
         self,
         config: AugmentConfig | None = None,  # settings; defaults where None
+        noise: Tensor | None = None,  # recorded noise to draw from, (K, C, N), absent components zero; None: the batch
     ):
-        self.config = config or AugmentConfig()
+        self.config, self.noise = config or AugmentConfig(), noise
 
     def __call__(
         self,
         waveforms: Tensor,  # normalised waveforms, (B, C, N)
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; all where None
         log_scale: Tensor | None = None,  # log10 of each window's scale, (B,)
-        generator: torch.Generator | None = None,  # source of randomness; the same seed gives the same changes
-    ) -> tuple[
-        Tensor, Tensor, Tensor | None
-    ]:  # waveforms, mask and log_scale (None if none was given) after the changes
-        """Augment a batch; the input stays as it is."""
+        keys: Tensor | None = None,  # of the windows, (B,) int64, as from `sample_keys`; None: torch draws them
+        picks: Tensor | None = None,  # sample of each pick, (B, P), NaN or negative for none
+        back_azimuth: Tensor | None = None,  # degrees clockwise from N, (B,)
+    ) -> Augmented:  # the batch and its labels after the changes
+        "Augment a batch; the input stays as it is."
         _check_batch(waveforms)
-        c, size = self.config, (waveforms.shape[0],)
         mask = torch.ones_like(waveforms[..., 0], dtype=torch.bool) if component_mask is None else component_mask
-
-        def between(low, high):
-            return _uniform(size, low, high, waveforms, generator)
-
-        def chosen(p):
-            return between(0.0, 1.0) < p
-
-        x = waveforms
-        if c.rotate_probability and x.shape[1] == 3:
-            x = rotate_horizontals(x, between(0.0, 2 * math.pi) * chosen(c.rotate_probability), mask)
-        if c.flip_probability:
-            x = polarity_flip(x, chosen(c.flip_probability))
-        if c.shift_probability and c.max_shift:
-            limit = c.max_shift * c.sampling_rate
-            x = time_shift(x, (between(-limit, limit) * chosen(c.shift_probability)).round().long())
-        if c.noise_probability:
-            noisy = add_noise(x, between(*c.snr_range), mask, between(*c.colour_range), generator)
-            x = torch.where(chosen(c.noise_probability).view(-1, 1, 1), noisy, x)
-        if c.band_probability:
-            filtered = band_filter(x, between(*c.low_range), between(*c.high_range), c.sampling_rate)
-            x = torch.where(chosen(c.band_probability).view(-1, 1, 1), filtered, x)
-        return self._instrument(x, mask, log_scale, chosen, generator)
-
-    def _instrument(self, x, mask, log_scale, chosen, generator):
-        """Gain and missing components, the last two changes."""
-        c = self.config
-        if c.scale_probability:
-            scaled, log_factor = amplitude_scale(x, *c.scale_range, generator)
-            some = chosen(c.scale_probability)
-            x = torch.where(some.view(-1, 1, 1), scaled, x)
-            log_scale = None if log_scale is None else log_scale + (log_factor * some).to(log_scale.dtype)
-        if c.dropout_probability:
-            dropped, left = component_dropout(x, mask, c.component_dropout, generator)
-            some = chosen(c.dropout_probability)
-            x, mask = torch.where(some.view(-1, 1, 1), dropped, x), torch.where(some.view(-1, 1), left, mask)
-        return x, mask, log_scale
+        if keys is None:
+            keys = torch.randint(torch.iinfo(torch.int64).max, (len(waveforms),)).to(waveforms.device)
+        picks = None if picks is None else _inside(picks, waveforms.shape[-1])
+        batch, draws, c = Augmented(waveforms, mask, log_scale, picks, back_azimuth), Draws(keys), self.config
+        # Recorded noise comes before a second event: until then a window without picks is noise.
+        batch = _real_noise(_shift(_orient(batch, draws, c), draws, c), draws, c, self.noise)
+        batch = _superpose(batch, draws, c) if c.superpose_probability else batch
+        for step in (_noise, _band, _amplitude, _lose):
+            batch = step(batch, draws, c)
+        return batch

@@ -6,24 +6,41 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import random
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from http.client import HTTPException
 from typing import Any, Self
 
 import numpy as np
 import obspy
 import pandas as pd
-from obspy.core.inventory import Channel, Inventory, PolynomialResponseStage, Response, Station
+from obspy.clients.fdsn import Client
+from obspy.clients.fdsn import header as fdsn
+from obspy.core.inventory import (
+    Channel,
+    Inventory,
+    Network,
+    PolynomialResponseStage,
+    Response,
+    ResponseListResponseStage,
+    Station,
+)
 
-from .archive import Archive, parse_time, read_table, write_table
+from .archive import Archive, Store, parse_time, read_table, write_table
 
 # %% auto #0
-__all__ = ['RESPONSE_FREQUENCIES', 'RESPONSE_TOLERANCE', 'MOTION_UNITS', 'OPEN', 'STATION_TYPES', 'STATION_COLUMNS',
-           'ResponseCurve', 'response_curve', 'as_station_table', 'station_table', 'StationTable',
+__all__ = ['RESPONSE_FREQUENCIES', 'RESPONSE_TOLERANCE', 'MOTION_UNITS', 'OPEN', 'STATION_TYPES', 'STATION_COLUMNS', 'CONTINUOUS',
+           'RequestLine', 'ResponseCurve', 'response_curve', 'as_station_table', 'station_table', 'station_places',
+           'extract_features', 'feature_statistics', 'StationTable', 'join_metadata', 'request_lines', 'StationService',
            'StationMetadataManager']
 
 # %% ../../nbs/02_data.metadata.ipynb #02-008
@@ -46,14 +63,17 @@ class ResponseCurve:
     flag: str  # "ok", or why not: empty, polynomial, stages, units, error, sensitivity
 
 # %% ../../nbs/02_data.metadata.ipynb #02-010
-def _units(response: Response | None) -> str:
-    "The input unit of a response in capitals, such as M/S; empty where unknown."
-    sensitivity = response.instrument_sensitivity if response else None
-    unit = (sensitivity.input_units if sensitivity else None) or ""
-    if not unit and response and response.response_stages:
-        unit = response.response_stages[0].input_units or ""
-    unit = str(unit).upper().replace(" ", "")
+def _unit(name: str | None) -> str:
+    "A unit in capitals, spelt one way."
+    unit = str(name or "").upper().replace(" ", "")
     return _UNIT_NAMES.get(unit, unit)
+
+
+def _units(response: Response | None) -> str:
+    "The input unit of a response, such as M/S; empty where unknown."
+    sensitivity = response.instrument_sensitivity if response else None
+    stages = response.response_stages if response else None
+    return _unit(sensitivity.input_units if sensitivity else None) or _unit(stages[0].input_units if stages else None)
 
 
 def _sensitivity(response: Response | None) -> tuple[float, float]:
@@ -62,6 +82,23 @@ def _sensitivity(response: Response | None) -> tuple[float, float]:
     gain = float(stated.value) if stated and stated.value is not None else np.nan
     frequency = float(stated.frequency) if stated and stated.frequency is not None else np.nan
     return (gain if np.isfinite(gain) and gain != 0 else np.nan), frequency
+
+
+def _evaluate(response: Response, frequencies: Sequence[float] | np.ndarray, stages: int | None = None) -> np.ndarray:
+    "Complex response in counts per input unit, as evalresp computes it, of the first `stages` stages alone or of all."
+    values = response.get_evalresp_response_for_frequencies(
+        np.asarray(frequencies, float), MOTION_UNITS[_units(response)], None, stages, True
+    )
+    return np.asarray(values)
+
+
+def _at_reference(response: Response, reference: float) -> complex:
+    "The response where the sensitivity is stated; what decimates below twice that frequency counts with its gain only."
+    stages = sorted(response.response_stages, key=lambda stage: stage.stage_sequence_number)
+    rates = [(s.decimation_input_sample_rate or np.inf) / (s.decimation_factor or 1) for s in stages]
+    kept = next((i for i, rate in enumerate(rates) if rate < 2 * reference), len(stages))
+    rest = np.prod([float(stage.stage_gain) for stage in stages[kept:]])
+    return complex(_evaluate(response, [reference], kept)[0] * rest)
 
 
 def _structure(response: Response | None) -> str:
@@ -74,7 +111,8 @@ def _structure(response: Response | None) -> str:
     numbers = sorted(stage.stage_sequence_number for stage in stages)
     if numbers != list(range(1, len(numbers) + 1)):
         return "stages"
-    return "" if _units(response) in MOTION_UNITS else "units"
+    first = _unit(stages[0].input_units)
+    return "" if _units(response) in MOTION_UNITS and first in ("", _units(response)) else "units"
 
 # %% ../../nbs/02_data.metadata.ipynb #02-011
 def response_curve(
@@ -85,20 +123,23 @@ def response_curve(
     response = channel.response
     frequencies = np.asarray(RESPONSE_FREQUENCIES if frequencies is None else frequencies, float)
     gain, reference = _sensitivity(response)
-    values, check, flag = np.full(len(frequencies), np.nan, complex), np.nan, _structure(response)
+    values, flag = np.full(len(frequencies), np.nan, complex), _structure(response)
+    check: complex = np.nan
     if not flag:
         try:
-            asked = np.append(frequencies, reference if reference >= 0 else frequencies[0])
-            output = MOTION_UNITS[_units(response)]
-            *values, check = response.get_evalresp_response_for_frequencies(asked, output=output)
+            values = _evaluate(response, frequencies)
+            check = _at_reference(response, reference) if reference >= 0 else np.nan
         except Exception as error:  # obspy raises bare exceptions for what it cannot evaluate
             _logger.debug("response of %s: %s", channel.code, error)
             flag = "error"
     wrong = not (reference >= 0 and abs(abs(check) / abs(gain) - 1) <= RESPONSE_TOLERANCE)  # true for NaN
     flag = flag or ("sensitivity" if wrong else "ok")
-    values = np.asarray(values, complex)
     amplitude = np.abs(values)
     believed = np.isfinite(amplitude) & (amplitude > 0) & (frequencies <= (channel.sample_rate or 0) / 2)
+    for stage in response.response_stages if response else ():
+        if isinstance(stage, ResponseListResponseStage):  # evalresp goes on where the list ends
+            listed = [element.frequency for element in stage.response_list_elements]
+            believed &= (frequencies >= min(listed)) & (frequencies <= max(listed))
     return ResponseCurve(frequencies, amplitude, np.angle(values), believed & (flag == "ok"), flag)
 
 # %% ../../nbs/02_data.metadata.ipynb #02-016
@@ -127,8 +168,10 @@ STATION_TYPES = {
     "response_phase": "object",  # radians, float32 (32,); NaN where invalid
     "response_valid": "object",  # bool (32,)
     "response_flag": "string",  # as in `ResponseCurve`
+    "response_xml": "object",  # the stages, packed StationXML bytes; empty unless the flag is ok
 }
 STATION_COLUMNS = list(STATION_TYPES)
+CONTINUOUS = ("latitude", "longitude", "elevation", "depth", "sampling_rate", "gain")  # features that are one number
 
 
 def as_station_table(
@@ -163,6 +206,30 @@ def _name(equipment: Any) -> str:
     return next((" ".join(str(word).split()) for word in words if word), "")
 
 
+def _pack(response: Response) -> bytes:
+    "A response alone as compressed StationXML; equal responses give equal bytes, which Parquet keeps once."
+    channel = Channel("XXX", "", 0, 0, 0, 0, response=response)
+    station = Station("XX", 0, 0, 0, channels=[channel])
+    inventory, buffer = Inventory([Network("XX", stations=[station])], source="gp2vec"), io.BytesIO()
+    inventory.created = obspy.UTCDateTime(0)
+    inventory.write(buffer, format="STATIONXML")
+    return zlib.compress(buffer.getvalue(), 9)
+
+
+@lru_cache(64)
+def _unpack(packed: bytes) -> Response:
+    xml = io.BytesIO(zlib.decompress(packed))
+    return obspy.read_inventory(xml, format="STATIONXML")[0][0][0].response
+
+
+@lru_cache(64)
+def _sampled(packed: bytes, frequencies: bytes) -> np.ndarray:
+    "The complex response at frequencies, given as the bytes of a float64 array so that they can be remembered."
+    values = _evaluate(_unpack(packed), np.frombuffer(frequencies))
+    values.setflags(write=False)
+    return values
+
+
 def _row(network: str, station: Station, channel: Channel) -> dict[str, Any]:
     curve, (gain, reference) = response_curve(channel), _sensitivity(channel.response)
     return {
@@ -188,6 +255,7 @@ def _row(network: str, station: Station, channel: Channel) -> dict[str, Any]:
         "response_phase": np.where(curve.valid, curve.phase, np.nan).astype(np.float32),
         "response_valid": curve.valid,
         "response_flag": curve.flag,
+        "response_xml": _pack(channel.response) if curve.flag == "ok" else b"",
     }
 
 # %% ../../nbs/02_data.metadata.ipynb #02-018
@@ -210,7 +278,47 @@ def station_table(
         _logger.info("%d of %d responses not believed: %s", doubted, len(table), dict(counts))
     return table
 
-# %% ../../nbs/02_data.metadata.ipynb #02-021
+# %% ../../nbs/02_data.metadata.ipynb #02-020
+def station_places(
+    table: pd.DataFrame,  # station table
+) -> pd.DataFrame:  # network station latitude longitude elevation, one row per station
+    "Where the stations stand, as described last."
+    last = table.sort_values("starttime", kind="stable").drop_duplicates(["network", "station"], keep="last")
+    columns = ["network", "station", "latitude", "longitude", "elevation"]
+    return last[columns].sort_values(columns[:2]).reset_index(drop=True)
+
+# %% ../../nbs/02_data.metadata.ipynb #02-022
+def extract_features(
+    rows: pd.DataFrame,  # rows of a station table, or windows joined to one, (R rows)
+    scales: Mapping[str, Mapping[str, Any]] | None = None,  # of `feature_statistics`; None: features in their own units
+) -> dict[str, np.ndarray]:  # feature → (R,), the response (R, 32); NaN where unknown
+    "Continuous features: degrees, metres, log10 of Hz, of counts per unit, and of the response over the gain."
+    number = {name: rows[name].to_numpy(float) for name in CONTINUOUS}
+    unknown = np.full(len(RESPONSE_FREQUENCIES), np.nan)
+    curves = [unknown if isinstance(curve, float) else curve for curve in rows["response_amplitude"]]
+    response = np.reshape(curves, (-1, len(unknown))) / np.abs(number["gain"])[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = {name: np.log10(np.abs(number[name])) for name in ("sampling_rate", "gain")}
+        features = number | logarithms | {"response": np.log10(response)}
+    if scales is None:
+        return features
+    return {k: (x - np.array(scales[k]["centre"])) / np.array(scales[k]["scale"]) for k, x in features.items()}
+
+
+def feature_statistics(
+    table: pd.DataFrame,  # station table
+) -> dict[str, dict[str, Any]]:  # feature → centre and scale, a number each, 32 for the response
+    "Median and spread of each feature over the channel epochs that know it; a spread below 0.03 counts as 1."
+    found = {}
+    for name, values in extract_features(table).items():
+        columns = [c[np.isfinite(c)] if np.isfinite(c).any() else np.zeros(1) for c in np.atleast_2d(values.T)]
+        low, centre, high = np.stack([np.quantile(column, (0.05, 0.5, 0.95)) for column in columns]).T
+        scale = np.where(high - low > 0.1, (high - low) / 3.29, 1.0)  # a normal distribution's 90 % are 3.29 wide
+        both = {"centre": centre.tolist(), "scale": scale.tolist()}
+        found[name] = both if values.ndim > 1 else {key: value[0] for key, value in both.items()}
+    return found
+
+# %% ../../nbs/02_data.metadata.ipynb #02-026
 class StationTable:
     "A station table that finds the epoch of a channel; empty unless given one."
 
@@ -219,13 +327,14 @@ class StationTable:
         table: pd.DataFrame | None = None,  # columns `STATION_COLUMNS`; None: empty
     ):
         self.table = as_station_table([] if table is None else table)
-        self._epochs: dict[tuple[str, ...], list[dict]] | None = None
+        self.statistics = self.table.attrs.setdefault("statistics", feature_statistics(self.table))
+        self._epochs: dict[tuple[str, ...], list[dict]] = {}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}: {len(self)} channel epochs, {len(self.coordinates())} stations"
+        return f"{type(self).__name__}: {len(self)} channel epochs, {len(station_places(self.table))} stations"
 
     def lookup(
         self,
@@ -236,8 +345,7 @@ class StationTable:
         time: int | str | obspy.UTCDateTime,  # moment, ns or text
     ) -> dict[str, Any] | None:  # the row that held then, a copy; None where no epoch covers it
         "What held for a channel at a moment."
-        if self._epochs is None:
-            self._epochs = {}
+        if not self._epochs:
             for row in self.table.to_dict("records"):  # sorted by start
                 self._epochs.setdefault(tuple(row[name] for name in STATION_COLUMNS[:4]), []).append(row)
         time, location = parse_time(time), "" if location == "--" else location
@@ -246,11 +354,26 @@ class StationTable:
                 return dict(row)
         return None
 
+    def response(
+        self,
+        network: str,  # network code
+        station: str,  # station code
+        location: str,  # location code, "" or "--" for none
+        channel: str,  # channel code
+        time: int | str | obspy.UTCDateTime,  # moment, ns or text
+        frequencies: np.ndarray,  # Hz, (F,)
+    ) -> np.ndarray | None:  # complex (F,), counts per input unit, read only; None where no response is believed
+        "The whole response that held for a channel at a moment, exactly as described; the last 64 answers are kept."
+        row = self.lookup(network, station, location, channel, time)
+        if row is None or row["response_flag"] != "ok":
+            return None
+        return _sampled(row["response_xml"], np.asarray(frequencies, float).tobytes())
+
     def write(
         self,
         path: str | os.PathLike,  # `….parquet`, on S3 or in a folder
     ) -> None:
-        "Save the table."
+        "Save the table and its statistics."
         write_table(self.table, path)
 
     @classmethod
@@ -261,13 +384,158 @@ class StationTable:
         "Load a saved table."
         return cls(read_table(path))
 
-    def coordinates(self) -> pd.DataFrame:  # network station latitude longitude elevation, one row per station
-        "Where the stations stand, as described last."
-        last = self.table.sort_values("starttime", kind="stable").drop_duplicates(["network", "station"], keep="last")
-        columns = ["network", "station", "latitude", "longitude", "elevation"]
-        return last[columns].sort_values(columns[:2]).reset_index(drop=True)
+# %% ../../nbs/02_data.metadata.ipynb #02-029
+def join_metadata(
+    windows: pd.DataFrame,  # network station location channel starttime (ns), one row per window
+    stations: StationTable,  # what is known
+) -> pd.DataFrame:  # the windows with `known` and the columns of the table (its times as epoch_start, epoch_end)
+    "Join windows to the epochs that held at their start; `known` is False, and the rest missing, where none did."
+    keys = zip(*(windows[name] for name in (*STATION_COLUMNS[:4], "starttime")), strict=True)
+    rows = [stations.lookup(*key) or {} for key in keys]
+    columns = ["starttime", "endtime", *STATION_COLUMNS[6:]]
+    found = pd.DataFrame({name: [row.get(name, np.nan) for row in rows] for name in columns}, index=windows.index)
+    found = found.rename(columns={"starttime": "epoch_start", "endtime": "epoch_end"})
+    return windows.assign(known=[bool(row) for row in rows]).join(found)
 
-# %% ../../nbs/02_data.metadata.ipynb #02-024
+# %% ../../nbs/02_data.metadata.ipynb #02-035
+RequestLine = tuple[
+    str, str, str, str, obspy.UTCDateTime, obspy.UTCDateTime
+]  # codes ("--": no location), start and end
+
+
+def request_lines(
+    manifest: pd.DataFrame,  # which channels, from when to when
+) -> list[RequestLine]:  # one line per channel of a station, `*` where the manifest does not name channels
+    "What a manifest needs to know of its stations, as lines of a bulk request."
+    lines = []
+    for codes, part in manifest.groupby(STATION_COLUMNS[:4], dropna=False, sort=True):
+        network, station, location, channel = ("*" if pd.isna(code) else str(code) for code in codes)
+        names = network, station, "*" if channel == "*" else location or "--", channel
+        times = part["starttime"].min(), part["endtime"].max()
+        lines.append((*names, *(obspy.UTCDateTime(ns=int(time)) for time in times)))
+    return lines
+
+# %% ../../nbs/02_data.metadata.ipynb #02-037
+_FINAL = (  # asking again would not help
+    fdsn.FDSNBadRequestException,
+    fdsn.FDSNUnauthorizedException,
+    fdsn.FDSNForbiddenException,
+    fdsn.FDSNInvalidRequestException,
+    fdsn.FDSNNotImplementedException,
+)
+_CHUNK = 100  # lines of one bulk request
+_WIDE = (obspy.UTCDateTime(1900, 1, 1), obspy.UTCDateTime(2599, 12, 31))  # times that leave nothing out
+
+
+def _words(lines: list[RequestLine]) -> str:
+    "Lines as text, at most three of them."
+    text = [" ".join(map(str, line)) for line in lines[:3]]
+    return ", ".join(text) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _check_xml(data: bytes) -> None:
+    "Refuse an answer that is cut off or is no StationXML."
+    try:
+        obspy.read_inventory(io.BytesIO(data), format="STATIONXML")
+    except Exception as error:
+        raise OSError(f"expected StationXML, got {len(data)} bytes ({type(error).__name__})") from error
+
+
+def _download(client: Any, lines: list[RequestLine], level: str) -> bytes | None:
+    "Ask once; empty where there is nothing, None where the answer would be too large."
+    names, buffer = ("network", "station", "location", "channel", "starttime", "endtime"), io.BytesIO()
+    try:
+        if len(lines) == 1:
+            client.get_stations(**dict(zip(names, lines[0], strict=True)), level=level, filename=buffer)
+        else:
+            client.get_stations_bulk(lines, level=level, filename=buffer)
+    except fdsn.FDSNRequestTooLargeException:
+        return None
+    except fdsn.FDSNException as error:
+        if not isinstance(error, fdsn.FDSNNoDataException) and "HTTP code: 404" not in str(error):
+            raise
+        _logger.warning("the station service has nothing for %s", _words(lines))
+        return b""
+    _check_xml(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _patiently(ask: Callable[[], bytes | None], name: str, attempts: int, wait: float) -> bytes | None:
+    "Ask until there is an answer, with growing pauses; what asking again cannot mend is raised at once."
+    for attempt in range(1, attempts + 1):
+        try:
+            return ask()
+        except (fdsn.FDSNException, OSError, HTTPException) as error:
+            reason = " ".join(str(error).split())[:200]
+            if isinstance(error, _FINAL) or attempt == attempts:
+                told = f"expected stations from {name}, got '{reason}' (asked {attempt} times)"
+                raise OSError(f"{told}: check the request, try later or ask another service") from error
+            _logger.info("%s: %s, asked again", name, reason)
+            time.sleep(wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    return None
+
+
+def _halves(lines: list[RequestLine]) -> tuple[list[RequestLine], list[RequestLine]]:
+    return lines[: len(lines) // 2], lines[len(lines) // 2 :]
+
+# %% ../../nbs/02_data.metadata.ipynb #02-038
+class StationService:
+    "A station service that is asked patiently, in halves where an answer is too large, and once where it is cached."
+
+    def __init__(
+        self,
+        client: Any = "EARTHSCOPE",  # name or URL of a service, or an `obspy.clients.fdsn.Client`
+        cache: str | os.PathLike = "",  # folder or `s3://…` that keeps the answers; empty: none is kept
+        refresh: bool = False,  # ask again what the cache knows, and replace it
+        attempts: int = 5,  # how often to ask before giving up
+        wait: float = 1.0,  # pause after the first failure, doubled after each further one, s
+    ):
+        self.client, self.refresh, self.attempts, self.wait = client, refresh, attempts, wait
+        self.name = fdsn.URL_MAPPINGS.get(client.upper(), client) if isinstance(client, str) else client.base_url
+        self.cache = Store(cache) if cache else None
+
+    def ask(
+        self,
+        lines: list[RequestLine],  # what to ask for
+    ) -> list[bytes]:  # StationXML documents, together the answer; none where the service knows nothing
+        "Full responses of the channels that lines name; one `OSError` where the service does not answer."
+        if len(lines) > _CHUNK:
+            return [xml for i in range(0, len(lines), _CHUNK) for xml in self.ask(lines[i : i + _CHUNK])]
+        answer = self._remembered(lines, "response")
+        if answer is not None:
+            return [answer] if answer else []
+        lines = lines if len(lines) > 1 else self._stations(lines[0])
+        return [xml for half in _halves(lines) for xml in self.ask(half)]
+
+    def _client(self) -> Any:
+        if isinstance(self.client, str):
+            # Only the station service is asked for; some servers answer nonsense about the others.
+            self.client = Client(self.client, service_mappings={"event": None, "dataselect": None})
+        return self.client
+
+    def _stations(self, line: RequestLine) -> list[RequestLine]:
+        "The line once for each station that it names."
+        answer = self._remembered([line], "station")
+        found = obspy.read_inventory(io.BytesIO(answer), format="STATIONXML") if answer else Inventory()
+        names = sorted({(network.code, station.code) for network in found for station in network})
+        if len(names) < 2:
+            raise OSError(f"{self.name} calls the answer for {_words([line])} too large: ask for fewer channels")
+        return [(*name, *line[2:]) for name in names]
+
+    def _remembered(self, lines: list[RequestLine], level: str) -> bytes | None:
+        "An answer, from the cache where it is there; empty where there is nothing, None where it would be too large."
+        key = hashlib.sha256("\n".join([self.name, level, *(_words([line]) for line in lines)]).encode()).hexdigest()
+        if self.cache and not self.refresh:
+            try:
+                return self.cache.read(f"{key}.xml") or None
+            except FileNotFoundError:
+                pass
+        answer = _patiently(lambda: _download(self._client(), lines, level), self.name, self.attempts, self.wait)
+        if self.cache and answer != b"":  # that nothing is known may change
+            self.cache.write(f"{key}.xml", answer or b"")
+        return answer
+
+# %% ../../nbs/02_data.metadata.ipynb #02-039
 def _read_xml(source: bytes | str, name: str) -> Inventory | None:
     "An inventory from StationXML; None where it cannot be read."
     try:
@@ -287,44 +555,22 @@ def _joined(codes: str | Sequence[str]) -> str:
     return codes if isinstance(codes, str) and codes else ",".join(codes) or "*"
 
 
-def _fdsn_client(client: Any) -> Any:
-    from obspy.clients.fdsn import Client
-
-    # Only the station service is asked for; some servers answer nonsense about the others.
-    return Client(client, service_mappings={"event": None, "dataselect": None}) if isinstance(client, str) else client
-
-
-def _fdsn_inventory(client: Any, query: dict[str, Any]) -> list[Inventory]:
-    "Ask a station service; what it calls too large is asked for station by station."
-    from obspy.clients.fdsn.header import FDSNNoDataException, FDSNRequestTooLargeException
-
-    try:
-        return [client.get_stations(**query)]
-    except FDSNNoDataException:
-        _logger.warning("the station service has nothing for %s", {k: str(v) for k, v in query.items()})
-        return []
-    except FDSNRequestTooLargeException:
-        found = client.get_stations(**query | {"level": "station"})
-        names = sorted({(network.code, station.code) for network in found for station in network})
-        if len(names) < 2:
-            raise
-        parts = (_fdsn_inventory(client, query | {"network": n, "station": s}) for n, s in names)
-        return [inventory for part in parts for inventory in part]
+def _absent(table: pd.DataFrame, manifest: pd.DataFrame) -> list[str]:
+    "The stations of a manifest that a table does not have."
+    wanted, found = (set(t["network"].astype(str) + "." + t["station"].astype(str)) for t in (manifest, table))
+    if missing := sorted(wanted - found):
+        _logger.warning("no metadata for %d of %d stations: %s", len(missing), len(wanted), ", ".join(missing))
+    return missing
 
 
-def _archive_table(archive: Archive, manifest: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, list[str]]:
-    "Station table of a manifest's stations, and the names of those that have no readable metadata."
+def _archive_table(archive: Archive, manifest: pd.DataFrame, workers: int) -> pd.DataFrame:
+    "Station table of a manifest's stations."
     names = sorted(set(zip(manifest["network"], manifest["station"], strict=True)))
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(lambda name: archive.station_xml(*name), names))
-    labels = [".".join(name) for name in names]
-    table = _tables(_read_xml(xml, name) for name, xmls in zip(labels, found, strict=True) for xml in xmls)
-    missing = [name for name in labels if name not in set(table["network"] + "." + table["station"])]
-    if missing:
-        _logger.warning("no metadata for %d of %d stations: %s", len(missing), len(names), ", ".join(missing))
-    return table, missing
+    return _tables(_read_xml(xml, ".".join(name)) for name, xmls in zip(names, found, strict=True) for xml in xmls)
 
-# %% ../../nbs/02_data.metadata.ipynb #02-025
+# %% ../../nbs/02_data.metadata.ipynb #02-040
 class StationMetadataManager(StationTable):
     "Station metadata from any source, as one epoch-aware table; `missing` names the stations that none was found for."
 
@@ -359,23 +605,28 @@ class StationMetadataManager(StationTable):
         workers: int = 8,  # stations asked for at a time
     ) -> StationMetadataManager:  # the channel epochs of the manifest's stations
         "From the StationXML that an archive keeps beside its waveforms; what is missing is named in `missing`."
-        table, missing = _archive_table(archive, manifest, workers)
-        manager = cls(table)
-        manager.missing = missing
+        manager = cls(_archive_table(archive, manifest, workers))
+        manager.missing = _absent(manager.table, manifest)
         return manager
 
     @classmethod
     def from_fdsn(
         cls,
-        client: Any = "EARTHSCOPE",  # name or URL of a service, or an `obspy.clients.fdsn.Client`
+        service: Any = "EARTHSCOPE",  # a `StationService`, or what one is made of: a name, a URL, an ObsPy client
         networks: str | Sequence[str] = (),  # network codes, wildcards allowed; empty: all
         stations: str | Sequence[str] = (),  # station codes, likewise
         channels: str | Sequence[str] = (),  # channel codes, likewise
         start: str | int | obspy.UTCDateTime | None = None,  # epochs that end after it
         end: str | int | obspy.UTCDateTime | None = None,  # epochs that begin before it
+        manifest: pd.DataFrame | None = None,  # ask for its channels and times instead
     ) -> StationMetadataManager:  # the channel epochs that the service knows; empty, with a warning, where none
-        "From an FDSN station service, with full responses; a request that is too large is made station by station."
-        query = {"network": _joined(networks), "station": _joined(stations), "channel": _joined(channels)}
-        times = {"starttime": start, "endtime": end}
-        query |= {k: obspy.UTCDateTime(ns=parse_time(t)) for k, t in times.items() if t is not None}
-        return cls(_tables(_fdsn_inventory(_fdsn_client(client), query | {"level": "response"})))
+        "From an FDSN station service, with full responses; `missing` names stations of the manifest that it lacks."
+        service = service if isinstance(service, StationService) else StationService(service)
+        if manifest is not None and (networks or stations or channels or start or end):
+            raise ValueError("expected a manifest or codes and times, got both: leave one out")
+        times = [_WIDE[i] if t is None else obspy.UTCDateTime(ns=parse_time(t)) for i, t in enumerate((start, end))]
+        line = (_joined(networks), _joined(stations), "*", _joined(channels), *times)
+        xmls = service.ask(request_lines(manifest) if manifest is not None else [line])
+        manager = cls(_tables(_read_xml(xml, service.name) for xml in xmls))
+        manager.missing = [] if manifest is None else _absent(manager.table, manifest)
+        return manager

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.augment import Augment, AugmentConfig
+from ..data.augment import Augment, AugmentConfig, sample_keys
 from gp2vec.models.gp2vec import (
     GP2Vec,
     GP2VecConfig,
@@ -196,9 +196,12 @@ class Pretraining(pl.LightningModule):
         "Loss of a batch; refuses to go on from one that is not finite."
         if isinstance(self.model.quantizer, GumbelQuantizer):
             self.model.quantizer.temperature = anneal(self.global_step, self.total_steps, *self.config.temperature)
-        known = (batch["waveform"], batch["component_mask"], batch["log_scale"])
-        waveform, component_mask, log_scale = self.augment(*known) if self.augment else known
-        step = self.model(waveform, batch["metadata"], component_mask, log_scale)
+        x, component_mask, log_scale = batch["waveform"], batch["component_mask"], batch["log_scale"]
+        if self.augment:
+            keys = sample_keys(self.config.seed, self.current_epoch, batch["starttime"], batch["id"])
+            changed = self.augment(x, component_mask, log_scale, keys)
+            x, component_mask, log_scale = changed.waveforms, changed.component_mask, changed.log_scale
+        step = self.model(x, batch["metadata"], component_mask, log_scale)
         if not step.loss.isfinite():
             raise FloatingPointError(
                 f"the loss is {step.loss.item()} at step {self.global_step}, on windows of "
