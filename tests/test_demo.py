@@ -72,7 +72,7 @@ def test_counts_real_and_synthetic_windows(demo):
 
 def test_second_run_reuses(demo):
     folder, _ = demo
-    kept = [folder / "checkpoints" / "last.ckpt", folder / "shards" / "train" / "index.json", folder / "metrics.csv"]
+    kept = [folder / "checkpoints" / "last.ckpt", folder / "shards" / "train" / "plan.json", folder / "metrics.csv"]
     before = [p.stat().st_mtime_ns for p in kept]
     gp2vec("demo", "--steps", STEPS, "--output", folder)
     assert [p.stat().st_mtime_ns for p in kept] == before

@@ -20,6 +20,7 @@ from gp2vec.data.archive import MANIFEST_COLUMNS, as_manifest, write_manifest
 from gp2vec.data.metadata import MOTION_UNITS, StationMetadataManager, StationService, response_curve
 
 NAMES = ("network", "station", "location", "channel")
+COLUMNS = (*NAMES, "starttime", "endtime")
 BOX = ("minlatitude", "maxlatitude", "minlongitude", "maxlongitude")
 PARAMETERS = (*NAMES, *BOX, "starttime", "endtime", "level", "format", "nodata")
 WADL = """<?xml version="1.0"?><application xmlns="http://wadl.dev.java.net/2009/02"
@@ -50,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         lines = self.rfile.read(int(self.headers["Content-Length"])).decode().splitlines()
         settings = dict(line.split("=") for line in lines if "=" in line)
         rows = [line.split() for line in lines if "=" not in line]
-        self.query("POST", settings["level"], [dict(zip((*NAMES, "starttime", "endtime"), row)) for row in rows])
+        self.query("POST", settings["level"], [dict(zip(COLUMNS, row, strict=True)) for row in rows])
 
     def query(self, method, level, rows):
         self.asked.append((method, level, rows))
@@ -139,9 +140,8 @@ def test_bulk(service, manifest):
     found = StationMetadataManager.from_fdsn(service, manifest=manifest)
     ((method, level, rows),) = Handler.asked
     assert (method, level, len(rows)) == ("POST", "response", 4)
-    assert rows[0] == dict(
-        zip(rows[0], ["BW", "RJOB", "--", "EHZ", "2009-08-24T00:00:00.000000", "2009-08-25T00:00:00.000000"])
-    )
+    day = ["2009-08-24T00:00:00.000000", "2009-08-25T00:00:00.000000"]
+    assert [rows[0][name] for name in COLUMNS] == ["BW", "RJOB", "--", "EHZ", *day]
     assert [rows[2][name] for name in NAMES] == ["GR", "WET", "*", "*"]
     assert names(found) == {"BW.RJOB", "GR.FUR", "GR.WET"} and found.missing == ["ZZ.NONE"]
     channels = found.table.groupby("station")["channel"].agg(lambda codes: "".join(sorted(codes)))

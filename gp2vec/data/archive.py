@@ -5,33 +5,49 @@
 # %% ../../nbs/01_data.archive.ipynb #01-003
 from __future__ import annotations
 
+import asyncio
+import base64
+import bisect
+import functools
 import hashlib
 import io
+import itertools
+import json
 import logging
 import os
+import random
 import re
 import string
+import threading
+import time
 import uuid
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import date, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
+import filelock
 import fsspec
 import numpy as np
 import obspy
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pymseed
 import s3fs
 from fsspec.implementations.local import LocalFileSystem
 
 # %% auto #0
-__all__ = ['DAY', 'LAYOUTS', 'MANIFEST_COLUMNS', 'parse_time', 'Layout', 'recognise', 'Place', 'Store', 'Archive', 'as_manifest',
-           'write_archive', 'refine_manifest', 'build_manifest', 'write_table', 'read_table', 'write_manifest',
-           'read_manifest']
+__all__ = ['DAY', 'LAYOUTS', 'CREDENTIALS', 'EARTHSCOPE_ROLE', 'MANIFEST_COLUMNS', 'parse_time', 'Bucket', 'Layout', 'recognise',
+           'Retry', 'Place', 'Store', 'Cache', 'Archive', 'as_manifest', 'write_archive', 'record_index',
+           'read_records', 'refine_manifest', 'build_manifest', 'write_table', 'read_table', 'write_manifest',
+           'read_manifest', 'extend_manifest']
 
 # %% ../../nbs/01_data.archive.ipynb #01-008
 _logger = logging.getLogger(__name__)
@@ -57,41 +73,107 @@ def parse_time(
     raise ValueError(f"expected a time as text, nanoseconds or UTCDateTime, got {type(time).__name__}")
 
 
-def _day(year: str, doy: str) -> int | None:
-    "First nanosecond of a day given by year and day of year; None where the calendar has no such day."
-    start = np.datetime64(year, "Y")
-    day = start.astype("datetime64[D]") + (int(doy) - 1)
-    return int(day.astype("datetime64[ns]").astype(np.int64)) if day.astype("datetime64[Y]") == start else None
+@functools.lru_cache(4096)
+def _calendar(time: int) -> dict[str, str]:
+    "The fields of a key that tell its day."
+    day = datetime.fromtimestamp(time // 10**9, UTC)
+    return {"year": f"{day:%Y}", "doy": f"{day:%j}", "month": f"{day:%m}", "day": f"{day:%d}"}
 
 
-def _calendar(time: int) -> tuple[str, str]:
-    "Year and day of year of a time, as text."
-    day = np.datetime64(time, "ns").astype("datetime64[D]")
-    year = day.astype("datetime64[Y]")
-    return str(year), f"{(day - year.astype('datetime64[D]')).astype(int) + 1:03d}"
+@functools.lru_cache(4096)
+def _day(year: str, doy: str | None, month: str | None, day: str | None) -> int | None:
+    "First nanosecond of a day; None where the calendar has no such day."
+    try:
+        first = date(int(year), int(month or 1), int(day or 1)).toordinal() + (int(doy) - 1 if doy else 0)
+        found = date.fromordinal(first)
+    except (ValueError, OverflowError):
+        return None
+    return (first - date(1970, 1, 1).toordinal()) * DAY if found.year == int(year) and doy != "000" else None
 
 # %% ../../nbs/01_data.archive.ipynb #01-011
+_FIELDS = {
+    "network": "[A-Za-z0-9]{1,8}",
+    "station": "[A-Za-z0-9-]{1,8}",
+    "location": "[A-Za-z0-9]{0,8}",
+    "channel": "[A-Za-z0-9]{3}",
+    "year": r"\d{4}",
+    "doy": r"\d{3}",
+    "month": r"\d{2}",
+    "day": r"\d{2}",
+    "quality": "[A-Z]",
+}
+
+
+@functools.cache
+def _parts(template: str) -> tuple[tuple[str, str, str], ...]:
+    "Literal text, name of the field that follows (empty: none) and its format."
+    return tuple((text, name or "", spec or "") for text, name, spec, _ in string.Formatter().parse(template))
+
+
+@functools.cache
+def _pattern(template: str) -> str:
+    "The regular expression that reads what a template writes."
+    pattern, seen = "", set()
+    for text, name, spec in _parts(template):
+        pattern += re.escape(text)
+        if name in seen:
+            pattern += f"(?P={name})"
+        elif name == "version":
+            pattern += r"(?:#(?P<version>\d+))?"
+        elif name in _FIELDS:
+            filled = re.fullmatch(r"(.)<(\d+)", spec)
+            code = f"[A-Za-z0-9{re.escape(filled[1])}]{{{filled[2]}}}" if filled else _FIELDS[name]
+            pattern += f"(?P<{name}>{code})"
+        elif name:
+            raise ValueError(f"expected fields of {', '.join([*_FIELDS, 'version'])} in a template, got {name}")
+        seen.add(name)
+    return pattern
+
+
+def _check_template(template: str) -> None:
+    fields = {name for _, name, _ in _parts(template)}
+    if not {"network", "station", "year"} <= fields or not ({"doy"} <= fields or {"month", "day"} <= fields):
+        raise ValueError(
+            f"expected {{network}}, {{station}}, {{year}} and {{doy}} (or month and day), got {template!r}"
+        )
+
+# %% ../../nbs/01_data.archive.ipynb #01-012
+@dataclass(frozen=True)
+class Bucket:
+    "A public bucket, and how one gets in."
+
+    name: str  # its name
+    region: str  # AWS region where it lies
+    credentials: str = "anonymous"  # as in `Store`
+
+
 @dataclass(frozen=True)
 class Layout:
     "How a data centre spells the keys of its objects."
 
     name: str  # short name, such as scedc
-    bucket: str  # public bucket that is spelt so; empty where none is
-    region: str  # AWS region of that bucket
-    pattern: str  # regular expression over the whole key; groups network station location channel year doy version
-    template: str  # `str.format` template that writes a key of the same fields
+    template: str  # `str.format` template that writes a key
+    pattern: str  # regular expression that reads one; groups network station location channel year doy version …
+    buckets: tuple[Bucket, ...] = ()  # public buckets that are spelt so
     stores: tuple[str, ...] = ()  # where StationXML lies, best first: templates without `.xml`; the first is written to
-    padding: str = ""  # character that fills short codes
+
+    @classmethod
+    def from_template(
+        cls,
+        template: str,  # such as `{year}/{doy}/{network}.{station}.{location}.{channel}`
+        name: str = "own",  # short name, for the manifest
+        buckets: tuple[Bucket, ...] = (),  # public buckets that are spelt so
+        stores: tuple[str, ...] = (),  # where StationXML lies
+    ) -> Layout:  # the layout
+        "A layout that reads what its template writes."
+        _check_template(template)
+        return cls(name, template, _pattern(template), buckets, stores)
 
     @property
     def folder(self) -> str:
-        "The part of the template that all keys share, such as `continuous_waveforms/`."
-        return self.template[: self.template.index("{")].rpartition("/")[0] + "/"
-
-    @property
-    def network_first(self) -> bool:
-        "Whether the keys branch by network before they branch by day."
-        return self.template.index("{network") < self.template.index("{year")
+        "The part of the template that all keys share, such as `continuous_waveforms/`; may be empty."
+        folder, slash, _ = self.template[: self.template.index("{")].rpartition("/")
+        return folder + slash
 
     def parse(
         self,
@@ -115,23 +197,25 @@ class Layout:
     def day_prefix(
         self,
         day: int,  # any time of the day, ns
-        network: str | None = None,  # network code
-        station: str | None = None,  # station code
+        network: str | None = None,  # network code, may end in a wildcard
+        station: str | None = None,  # station code, likewise
+        channel: str | None = None,  # channel code, likewise
     ) -> str:  # beginning of the key
         "What all keys of a day begin with, as far as the given codes reach; a wildcard ends it."
-        return _prefix(self, day, network, station)
+        codes = {"network": network, "station": station, "channel": channel}
+        return _beginning(self.template, _calendar(day) | {name: code for name, code in codes.items() if code})
 
-# %% ../../nbs/01_data.archive.ipynb #01-012
+# %% ../../nbs/01_data.archive.ipynb #01-013
 def _parse_key(layout: Layout, key: str) -> dict[str, Any] | None:
     match = re.fullmatch(layout.pattern, key)
     if not match:
         return None
     found = match.groupdict()
-    day = _day(found["year"], found["doy"])
+    day = _day(found["year"], found.get("doy"), found.get("month"), found.get("day"))
     if day is None:
         return None
     codes = {
-        name: found[name].strip(layout.padding or None) if found.get(name) is not None else None
+        name: found[name].strip("_") if found.get(name) is not None else None
         for name in ("network", "station", "location", "channel")
     }
     version = found.get("version")
@@ -139,84 +223,73 @@ def _parse_key(layout: Layout, key: str) -> dict[str, Any] | None:
 
 
 def _build_key(layout: Layout, network, station, location, channel, time, version) -> str:
-    year, doy = _calendar(time)
-    key = layout.template.format(
-        network=network,
-        station=station,
-        location=location or "",
-        channel=channel or "",
-        year=year,
-        doy=doy,
-        version="" if version is None else f"#{version}",
-    )
+    codes = {"network": network, "station": station, "location": location or "", "channel": channel or ""}
+    version_text = "" if version is None else f"#{version}"
+    key = layout.template.format(**codes, **_calendar(time), quality="D", version=version_text)
     told = layout.parse(key)
     asked = {"network": network, "station": station, "starttime": time // DAY * DAY, "version": version}
     if told and told["channel"] is not None:
         asked |= {"location": location or "", "channel": channel}
+        told["location"] = told["location"] or ""
     if told is None or any(told[name] != asked[name] for name in asked):
         name = f"{network}.{station}.{location or ''}.{channel or ''}"
         raise ValueError(f"the layout {layout.name} cannot spell {name} version {version}: shorten or change the codes")
     return key
 
 
-def _prefix(layout: Layout, day: int, network: str | None, station: str | None) -> str:
-    year, doy = _calendar(day)
-    known, prefix = {"year": year, "doy": doy, "network": network, "station": station}, ""
-    for text, name, spec, _ in string.Formatter().parse(layout.template):
-        prefix += text
-        value = known.get(name or "")
-        if not value:
-            return prefix
-        if head := re.match(r"[^*?\[]*(?=[*?\[])", value):
-            return prefix + head[0]
-        prefix += format(value, spec or "")
-    return prefix
+def _beginning(template: str, known: dict[str, str]) -> str:
+    "A template filled in up to the first field that is not known, or not known to its end."
+    beginning = ""
+    for text, name, spec in _parts(template):
+        beginning += text
+        if not name:
+            continue
+        if name not in known:
+            return beginning
+        if head := re.match(r"[^*?\[]*(?=[*?\[])", known[name]):
+            return beginning + head[0]
+        beginning += format(known[name], spec)
+    return beginning
 
-# %% ../../nbs/01_data.archive.ipynb #01-014
+# %% ../../nbs/01_data.archive.ipynb #01-015
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout(
-            "scedc",
-            "scedc-pds",
-            "us-west-2",
-            r"continuous_waveforms/(?P<year>\d{4})/(?P=year)_(?P<doy>\d{3})/(?P<network>[A-Z0-9_]{2})"
-            r"(?P<station>[A-Z0-9_]{5})(?P<channel>[A-Z0-9]{3})(?P<location>[A-Z0-9_]{2})_(?P=year)(?P=doy)\.ms",
+        Layout.from_template(
             "continuous_waveforms/{year}/{year}_{doy}/{network:_<2}{station:_<5}{channel}{location:_<2}_{year}{doy}.ms",
+            "scedc",
+            (Bucket("scedc-pds", "us-west-2"),),
             (
                 "FDSNstationXML/{network}/{network}_{station}",
                 "FDSNstationXML/unauthoritative-XML/{network}_{station}",
                 "FDSNstationXML/unauthoritative-XML/{network}.{station}",
             ),
-            "_",
         ),
-        Layout(
-            "ncedc",
-            "ncedc-pds",
-            "us-west-2",
-            r"continuous_waveforms/(?P<network>[A-Z0-9]{1,2})/(?P<year>\d{4})/(?P=year)\.(?P<doy>\d{3})/"
-            r"(?P<station>[^./]{1,5})\.(?P=network)\.(?P<channel>[^./]{3})[^./]*\.(?P<location>[^./]{0,2})\.[A-Z]\."
-            r"(?P=year)\.(?P=doy)",
+        Layout.from_template(
             "continuous_waveforms/{network}/{year}/{year}.{doy}/"
-            "{station}.{network}.{channel}.{location}.D.{year}.{doy}",
+            "{station}.{network}.{channel}.{location}.{quality}.{year}.{doy}",
+            "ncedc",
+            (Bucket("ncedc-pds", "us-west-2"),),
             ("FDSNstationXML/{network}/{network}.{station}",),
         ),
-        Layout(
-            "earthscope",
-            "earthscope-geophysical-data",
-            "us-east-2",
-            r"miniseed/(?P<network>[A-Z0-9]{1,8})/(?P<year>\d{4})/(?P<doy>\d{3})/"
-            r"(?P<station>[^./]{1,8})\.(?P=network)\.(?P=year)\.(?P=doy)(?:#(?P<version>\d+))?",
+        Layout.from_template(
             "miniseed/{network}/{year}/{doy}/{station}.{network}.{year}.{doy}{version}",
+            "earthscope",
+            (
+                Bucket("earthscope-geophysical-data", "us-east-2"),
+                Bucket("earthscope-mseed-v2-4fdodyzpsz8u8uyi3pa9qsw9oid1suse2a-s3alias", "us-east-2", "earthscope"),
+            ),
         ),
-        Layout(
-            "geonet",
-            "geonet-open-data",
-            "ap-southeast-2",
-            r"waveforms/miniseed/(?P<year>\d{4})/(?P=year)\.(?P<doy>\d{3})/(?P<station>[^./]+)\.(?P<network>[^./]+)/"
-            r"(?P=year)\.(?P=doy)\.(?P=station)\.(?P<location>[^-./]*)-(?P<channel>[^./]{3})\.(?P=network)\.D",
+        Layout.from_template(
             "waveforms/miniseed/{year}/{year}.{doy}/{station}.{network}/"
-            "{year}.{doy}.{station}.{location}-{channel}.{network}.D",
+            "{year}.{doy}.{station}.{location}-{channel}.{network}.{quality}",
+            "geonet",
+            (Bucket("geonet-open-data", "ap-southeast-2"),),
+        ),
+        Layout.from_template(
+            "{year}/{network}/{station}/{channel}.{quality}/"
+            "{network}.{station}.{location}.{channel}.{quality}.{year}.{doy}",
+            "sds",
         ),
     )
 }
@@ -230,11 +303,132 @@ def recognise(
     found = Counter(name for key in keys for name, layout in LAYOUTS.items() if layout.parse(key))
     if not found:
         raise ValueError(
-            f"expected keys of one of {', '.join(LAYOUTS)}, got {keys[:1] or 'none'}: name the layout, or check the URL"
+            f"expected keys of one of {', '.join(LAYOUTS)}, got {keys[:1] or 'none'}: name the layout, give a template "
+            "such as {year}/{doy}/{network}.{station}, or check the URL"
         )
     return LAYOUTS[found.most_common(1)[0][0]]
 
-# %% ../../nbs/01_data.archive.ipynb #01-020
+# %% ../../nbs/01_data.archive.ipynb #01-023
+CREDENTIALS = ("anonymous", "environment", "earthscope")
+EARTHSCOPE_ROLE = "s3-miniseed-v2"  # the role under which EarthScope's SDK hands out keys
+
+
+def _earthscope_scope(path: str) -> str:
+    "What keys are needed for: a network, and a year where it is temporary; empty for listing what lies above."
+    match = re.search(r"(?:^|/)miniseed/([A-Z0-9]{1,8})/(?:(\d{4})/)?", path)
+    if not match:
+        return ""
+    network, year = match.groups()
+    temporary = network[0] in "0123456789XYZ"
+    return network if not temporary else f"{network}.{year}" if year else ""
+
+
+def _earthscope_keys(scope: str) -> dict[str, str]:
+    "Fresh keys for a scope, in botocore's words."
+    try:
+        from earthscope_sdk import EarthScopeClient
+        from earthscope_sdk.auth.error import AuthFlowError
+    except ImportError as error:
+        raise ImportError(
+            'expected the EarthScope SDK for credentials "earthscope", got none: pip install "gp2vec[earthscope]"'
+        ) from error
+    network, _, year = scope.partition(".")
+    asked: dict[str, Any] = {"network": f"FDSN:{network}"} if network else {}
+    asked |= {"year": int(year)} if year else {}
+    try:
+        with EarthScopeClient() as client:
+            return client.user.get_aws_credentials(role=EARTHSCOPE_ROLE, **asked).boto_metadata
+    except AuthFlowError as error:  # its text may hold what was sent
+        raise PermissionError(
+            f"EarthScope gives no keys for {scope or 'listing'} ({type(error).__name__}): run `es login`, "
+            "or set ES_OAUTH2__REFRESH_TOKEN, and be sure that you may read this network"
+        ) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):  # what the SDK asks with
+            raise
+        raise ConnectionError(f"EarthScope's credential service does not answer ({type(error).__name__})") from None
+
+
+def _earthscope_session(scope: str) -> Any:
+    "A session whose keys renew themselves."
+    keys = _earthscope_keys(scope)
+    from aiobotocore.credentials import AioRefreshableCredentials
+    from aiobotocore.session import AioSession
+
+    async def renew() -> dict[str, str]:
+        return await asyncio.to_thread(_earthscope_keys, scope)
+
+    session = AioSession()
+    session._credentials = AioRefreshableCredentials.create_from_metadata(
+        metadata=keys, refresh_using=renew, method="sts-assume-role"
+    )
+    return session
+
+# %% ../../nbs/01_data.archive.ipynb #01-026
+@dataclass(frozen=True)
+class Retry:
+    "How patient a store is with an S3 server."
+
+    budget: float = 300.0  # a call that fails for so long gives up, seconds
+    first: float = 0.25  # pause after the first failure, seconds; each further one is twice as long
+    longest: float = 20.0  # longest pause, seconds
+    timeout: float = 60.0  # so much silence is a failure, seconds
+    bodies: int = 5  # damaged bodies after which it is the object that is wrong, not the way to it
+
+    def pause(
+        self,
+        tries: int,  # failures so far
+    ) -> float:  # seconds
+        "How long to wait before the next try: half of it for certain, half of it by chance."
+        return min(self.longest, self.first * 2 ** min(tries - 1, 30)) * random.uniform(0.5, 1)
+
+
+class _Damaged(Exception):
+    "A body that is not what was promised."
+
+
+_DAMAGED = (_Damaged, botocore.exceptions.FlexibleChecksumError)  # the second: S3's own checksum
+
+
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
+_PASSING |= {"RequestLimitExceeded", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "OperationAborted"}
+_NETWORK = (
+    ConnectionError,
+    TimeoutError,
+    fsspec.exceptions.FSTimeoutError,
+    # Time-outs and connections that break; their base class also wraps mistakes in a program, which do not pass.
+    botocore.exceptions.ReadTimeoutError,
+    botocore.exceptions.ConnectionClosedError,
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.ConnectionError,  # servers that are not there, TLS that fails
+    botocore.exceptions.IncompleteReadError,
+    botocore.parsers.ResponseParserError,
+)
+
+
+def _code(error: BaseException | None) -> str:
+    "The code of S3's answer, such as NoSuchKey; empty where there is none."
+    while error is not None:
+        if isinstance(error, botocore.exceptions.ClientError):
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            return "InternalError" if status >= 500 and status != 501 else code or str(status)
+        error = error.__cause__
+    return ""
+
+
+def _passing(error: BaseException | None) -> bool:
+    "Whether a failure will pass."
+    if isinstance(error, _DAMAGED) or _code(error) in _PASSING:
+        return True
+    while error is not None:
+        if isinstance(error, _NETWORK) or type(error).__module__.startswith("aiohttp"):
+            return True
+        error = error.__cause__
+    return False
+
+# %% ../../nbs/01_data.archive.ipynb #01-030
 def _split_url(url: str) -> tuple[bool, str]:
     "Whether a place is on S3, and its path without the protocol."
     if url.startswith("s3://"):
@@ -251,111 +445,79 @@ def _split_url(url: str) -> tuple[bool, str]:
     return False, os.path.abspath(os.path.expanduser(url))
 
 
-def _filesystem(s3: bool, region: str, anon: bool, endpoint_url: str | None) -> fsspec.AbstractFileSystem:
-    "A filesystem of this process alone."
-    if not s3:
-        return LocalFileSystem(skip_instance_cache=True)
-    endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or None
+def _open_s3(place: Place, scope: str) -> fsspec.AbstractFileSystem:
+    "A connection of this process alone; it never asks twice on its own: `_ask` does."
+    anonymous = place.credentials == "anonymous"
+    endpoint_url = place.endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or None
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    client = {"region_name": region} if region and not endpoint_url and (anon or not named) else {}
-    return s3fs.S3FileSystem(
-        anon=anon,
+    known = place.region and not endpoint_url and (place.credentials != "environment" or not named)
+    config = {"connect_timeout": min(20.0, place.retry.timeout), "read_timeout": place.retry.timeout}
+    fs = s3fs.S3FileSystem(
+        anon=anonymous,
+        session=_earthscope_session(scope) if place.credentials == "earthscope" else None,
         endpoint_url=endpoint_url,
-        client_kwargs=client,
-        config_kwargs={"connect_timeout": 20, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}},
+        client_kwargs={"region_name": place.region} if known else {},
+        config_kwargs=config | {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64},
         use_listings_cache=False,
         skip_instance_cache=True,
     )
+    fs.retries = 1
+    return fs
 
-
-def _find_local(folder: str, stem: str) -> Iterator[tuple[str, os.stat_result]]:
-    "Files below a folder whose path, relative to the folder, begins with `stem`."
-    if not os.path.isdir(folder):
-        return
-    for entry in os.scandir(folder):
-        if not entry.name.startswith(stem):
-            continue
-        if entry.is_dir():
-            yield from _find_local(entry.path, "")
-        else:
-            yield entry.path, entry.stat()
-
-
-def _fault(data: bytes, byte_size: int | None, md5: str | None) -> str:
-    "What is wrong with a body; empty when nothing is."
-    if byte_size is not None and len(data) != byte_size:
-        return f"expected {byte_size} bytes, got {len(data)}"
-    if md5 and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        return f"expected the MD5 {md5} of its ETag, got another"
-    return ""
-
-# %% ../../nbs/01_data.archive.ipynb #01-021
-def _read_checked(store: Store, key: str, byte_size: int | None, etag: str | None) -> bytes:
-    path = store.path(key)
-    if store.s3 and (byte_size is None or pd.isna(byte_size)):
-        info = store.fs.info(path)
-        byte_size, etag = info["size"], info.get("ETag")
-    byte_size = None if byte_size is None or pd.isna(byte_size) else int(byte_size)
-    etag = "" if etag is None or pd.isna(etag) else etag.strip('"')
-    md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else None  # the ETag of a multipart upload is no MD5
-    for attempt in (1, 2):
-        data = store.fs.cat_file(path)
-        fault = _fault(data, byte_size, md5)
-        if fault and store.s3 and md5 and len(data) == byte_size and _encrypted(store, path):
-            return data
-        if not fault:
-            return data
-        _logger.warning("%s: %s, attempt %d of 2", store.url(key), fault, attempt)
-    raise OSError(f"{store.url(key)}: {fault}, twice: the object was replaced or is damaged on the way; list it anew")
-
-
-def _encrypted(store: Store, path: str) -> bool:
-    "Whether S3 encrypts an object with a key of its own, so that its ETag is no MD5."
-    bucket, _, key = path.partition("/")
-    head = store.fs.call_s3("head_object", Bucket=bucket, Key=key)
-    return "kms" in str(head.get("ServerSideEncryption", "")) or bool(head.get("SSECustomerAlgorithm"))
-
-
-def _write_file(path: str, data: bytes) -> None:
-    "Write beside the target, then rename."
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-# %% ../../nbs/01_data.archive.ipynb #01-022
+# %% ../../nbs/01_data.archive.ipynb #01-031
 class Place:
     "A bucket, a prefix in one, or a folder; safe to pickle and to use after a fork."
+
+    retry: Retry = Retry()
 
     def __init__(
         self,
         url: str | os.PathLike,  # `s3://bucket/prefix`, `file:///folder` or a folder
         *,
-        anon: bool = True,  # S3 without signing; False: credentials from the environment, a profile or a role
+        credentials: str = "anonymous",  # who asks S3: `anonymous`, `environment` or `earthscope`
         endpoint_url: str | None = None,  # another S3 server than Amazon's; also from AWS_ENDPOINT_URL
         region: str = "",  # AWS region of the bucket, where known
     ):
         self.s3, self.root = _split_url(os.fspath(url))
-        self.anon, self.endpoint_url, self.region = anon, endpoint_url, region
-        self._fs: Any = None
-        self._pid: int | None = None
+        self.endpoint_url, self.region = endpoint_url, region
+        self._let_in(credentials)
+        self._forget()
+
+    def _let_in(self, credentials: str) -> None:
+        if credentials not in CREDENTIALS:
+            raise ValueError(f"expected credentials of {', '.join(CREDENTIALS)}, got another word: no secrets here")
+        self.credentials = credentials
+
+    def _forget(self) -> None:
+        self._opened: dict[str, fsspec.AbstractFileSystem] = {}
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def _open(self, scope: str = "") -> fsspec.AbstractFileSystem:
+        if self._pid != os.getpid():
+            self._forget()
+        with self._lock:
+            if scope not in self._opened:
+                local = LocalFileSystem(skip_instance_cache=True)
+                self._opened[scope] = _open_s3(self, scope) if self.s3 else local
+            return self._opened[scope]
+
+    def _renew(self, scope: str, failed: fsspec.AbstractFileSystem) -> None:
+        "Open anew what failed, unless another thread has done so."
+        with self._lock:
+            if self._opened.get(scope) is failed:
+                del self._opened[scope]
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        "The filesystem beneath, opened once per process."
-        if self._fs is None or self._pid != os.getpid():
-            self._fs, self._pid = _filesystem(self.s3, self.region, self.anon, self.endpoint_url), os.getpid()
-        return self._fs
+        "The filesystem beneath, opened once per process; what is asked through it is asked once."
+        return self._open()
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_fs": None, "_pid": None}
+        return {name: value for name, value in vars(self).items() if name not in ("_opened", "_lock", "_pid")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url('').rstrip('/')!r})"
@@ -376,7 +538,258 @@ class Place:
         "The whole address of an object."
         return ("s3://" if self.s3 else "file://") + self.path(key)
 
-# %% ../../nbs/01_data.archive.ipynb #01-024
+# %% ../../nbs/01_data.archive.ipynb #01-033
+def _ask(place: Place, key: str, question: Callable[[Any], Any]) -> Any:
+    "The answer of S3 to a question about a key; `question` takes the filesystem and asks once."
+    retry, url, began = place.retry, place.url(key), time.monotonic()
+    scope = _earthscope_scope(place.path(key)) if place.credentials == "earthscope" else ""
+    tries = bodies = expired = 0
+    while True:
+        fs: Any = None
+        try:
+            fs = place._open(scope)
+            answer = question(fs)
+            if tries:
+                _logger.info("%s: answered after %.1f s", url, time.monotonic() - began)
+            return answer
+        except Exception as error:
+            if _code(error) in _EXPIRED:
+                expired += 1
+                if expired > 1:
+                    raise PermissionError(
+                        f"{url}: the credentials ran out, and so did new ones: log in again"
+                    ) from None
+                place._renew(scope, fs)
+                continue
+            if not _passing(error):
+                raise _told(url, error) from error
+            tries, bodies = tries + 1, bodies + isinstance(error, _DAMAGED)
+            pause, why = retry.pause(tries), _code(error) or str(error) or type(error).__name__
+            if bodies >= retry.bodies or time.monotonic() - began + pause > retry.budget:
+                raise OSError(
+                    f"{url}: {why}, {tries} times: the object was replaced or is damaged; list it anew"
+                    if bodies >= retry.bodies
+                    else f"{url}: no answer in {retry.budget:g} s and {tries} tries ({why})"
+                ) from error
+            (_logger.warning if tries == 1 else _logger.debug)("%s: %s, asking again", url, why)
+        time.sleep(pause)
+
+
+def _told(url: str, error: Exception) -> Exception:
+    "What is so, in one sentence that names the object."
+    code = _code(error)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{url}: there is no such object or bucket")
+    if code in ("PreconditionFailed", "412"):
+        return OSError(f"{url}: the object was replaced since it was listed; list it anew")
+    if isinstance(error, (PermissionError, botocore.exceptions.NoCredentialsError)):
+        said = str(error) if isinstance(error, PermissionError) and not code else code or "no credentials found"
+        return PermissionError(f"{url}: refused ({said}); these credentials may not do it")
+    if isinstance(error, botocore.exceptions.BotoCoreError):
+        return OSError(f"{url}: {str(error).splitlines()[0]}")
+    return OSError(f"{url}: {code}") if code else error
+
+# %% ../../nbs/01_data.archive.ipynb #01-035
+_PARTS = [mega << 20 for mega in (5, 6, 7, 8, 10, 12, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512, 1024)]
+
+
+async def _get_object(fs: Any, path: str, asked: dict[str, str]) -> tuple[bytes, dict]:
+    bucket, _, key = path.partition("/")
+    reply = await fs._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+    async with reply["Body"] as body:
+        return await body.read(), reply
+
+
+def _md5(data: Any) -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _matches(data: bytes, etag: str | None) -> bool | None:
+    "Whether a body is what its ETag says; None where the ETag does not tell."
+    if re.fullmatch("[0-9a-f]{32}", etag or ""):
+        return _md5(data).hexdigest() == etag
+    if not (parts := re.fullmatch(r"([0-9a-f]{32})-(\d+)", etag or "")):
+        return None
+    view, count = memoryview(data), int(parts[2])
+    for size in [size for size in _PARTS if -(-len(data) // size) == count] + [len(data)] * (count == 1):
+        digests = [_md5(view[at : at + size]).digest() for at in range(0, len(data), size)]
+        if _md5(b"".join(digests)).hexdigest() == parts[1]:
+            return True
+    return None
+
+
+def _known(byte_size: Any, etag: Any) -> tuple[int | None, str | None]:
+    "Size and ETag as a table holds them, which may be missing in many ways."
+    size = None if byte_size is None or pd.isna(byte_size) else int(byte_size)
+    return size, None if etag is None or pd.isna(etag) or not etag else str(etag).strip('"')
+
+
+def _again(store: Store, fs: Any, path: str, asked: dict[str, str], data: bytes) -> bytes:
+    "What came without a checksum: a wrong bit is noticed by TLS, and on a plain connection by a second reading."
+    plain = (store.endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or "").startswith("http://")
+    if plain and fsspec.asyn.sync(fs.loop, _get_object, fs, path, asked)[0] != data:
+        raise _Damaged("expected two equal readings, got two that differ")
+    return data
+
+
+def _read_s3(store: Store, key: str, byte_size: int | None, etag: str | None) -> bytes:
+    path, asked = store.path(key), {"IfMatch": f'"{etag}"'} if etag else {}
+
+    def question(fs: Any) -> bytes:
+        data, reply = fsspec.asyn.sync(fs.loop, _get_object, fs, path, asked)
+        size = reply["ContentLength"] if byte_size is None else byte_size
+        if len(data) != size:
+            raise _Damaged(f"expected {size} bytes, got {len(data)}")
+        secret = "kms" in str(reply.get("ServerSideEncryption", "")) or reply.get("SSECustomerAlgorithm")
+        right = None if secret else _matches(data, etag or str(reply.get("ETag", "")).strip('"'))
+        if right is False:
+            raise _Damaged("expected the MD5 of its ETag, got another")
+        return data if right else _again(store, fs, path, asked, data)
+
+    return _ask(store, key, question)
+
+
+def _read_file(store: Store, key: str, byte_size: int | None, etag: str | None) -> bytes:
+    data = Path(store.path(key)).read_bytes()
+    if byte_size is not None and len(data) != byte_size:
+        raise OSError(f"{store.url(key)}: expected {byte_size} bytes, got {len(data)}: it was replaced; list it anew")
+    if _matches(data, etag) is False:
+        raise OSError(f"{store.url(key)}: expected the MD5 {etag}, got another: it was replaced; list it anew")
+    return data
+
+# %% ../../nbs/01_data.archive.ipynb #01-038
+_NEAR = 8192  # bytes between two ranges that are not worth a question of their own
+
+
+def _read_part(store: Store, key: str, start: int, stop: int, byte_size: int | None, etag: str | None) -> bytes:
+    "One range, exactly."
+    path, said = store.path(key), f"expected {stop - start} bytes from byte {start}"
+    if start == stop:
+        return b""
+    if not store.s3:
+        with open(path, "rb") as file:
+            file.seek(start)
+            if len(data := file.read(stop - start)) == stop - start:
+                return data
+        raise OSError(f"{store.url(key)}: {said}, got {len(data)}: the object ends early; list it anew")
+    asked = {"Range": f"bytes={start}-{stop - 1}"} | ({"IfMatch": f'"{etag}"'} if etag else {})
+
+    def question(fs: Any) -> bytes:
+        data, reply = fsspec.asyn.sync(fs.loop, _get_object, fs, path, asked)
+        span, _, total = reply.get("ContentRange", f"bytes {start}-{stop - 1}/").rpartition("/")
+        if total.isdigit() and (int(total) < stop or byte_size not in (None, int(total))):
+            raise OSError(f"{store.url(key)}: {said} of {byte_size}, but the object has {total}; list it anew")
+        if len(data) != stop - start or span != f"bytes {start}-{stop - 1}":
+            raise _Damaged(f"{said}, got {len(data)}")
+        return _again(store, fs, path, asked, data)
+
+    return _ask(store, key, question)
+
+
+def _read_parts(store, key, ranges: Sequence[tuple[int, int]], byte_size, etag) -> list[bytes]:
+    "Many ranges: close ones together, several at a time."
+    merged: list[list[int]] = []
+    for start, stop in sorted(ranges):
+        if not 0 <= start <= stop:
+            raise ValueError(f"expected ranges of bytes such as (0, 512), got {(start, stop)}")
+        if merged and start <= merged[-1][1] + _NEAR:
+            merged[-1][1] = max(merged[-1][1], stop)
+        else:
+            merged.append([start, stop])
+    read = functools.partial(_read_part, store, key, byte_size=byte_size, etag=etag)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = list((pool.map if len(merged) > 1 else map)(lambda part: read(part[0], part[1]), merged))
+    starts = [start for start, _ in merged]
+    holding = [bisect.bisect_right(starts, start) - 1 for start, _ in ranges]
+    return [bodies[i][a - starts[i] : b - starts[i]] for i, (a, b) in zip(holding, ranges, strict=True)]
+
+# %% ../../nbs/01_data.archive.ipynb #01-040
+_SENT = 32 << 20  # bytes of a part in which a large object is sent
+
+
+def _write_s3(store: Store, key: str, data: bytes) -> None:
+    path = store.path(key)
+    bucket, _, name = path.partition("/")
+    digest = base64.b64encode(_md5(data).digest()).decode()  # S3 refuses a body that came damaged
+    put = {"Bucket": bucket, "Key": name, "Body": data, "ContentMD5": digest}
+    if len(data) <= 2 * _SENT:
+        _ask(store, key, lambda fs: fs.call_s3("put_object", **put))
+    else:
+        _ask(store, key, lambda fs: fs.pipe_file(path, data, chunksize=_SENT))
+
+
+def _write_file(path: str, data: bytes) -> None:
+    "Write beside the target, then rename."
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+# %% ../../nbs/01_data.archive.ipynb #01-042
+def _page(fs: Any, asked: dict[str, str]) -> dict:
+    "One page of a listing, which has no checksum: what cannot be is damaged."
+    try:
+        page = fs.call_s3("list_objects_v2", **asked)
+    except ValueError as error:  # a size or a time that is none
+        raise _Damaged("expected a listing, got another text") from error
+    if bool(page.get("IsTruncated")) != ("NextContinuationToken" in page):
+        raise _Damaged("expected a listing that ends or goes on, got both")
+    return page
+
+
+def _pages(store: Store, prefix: str, delimiter: str = "") -> Iterator[dict]:
+    "The pages of a listing, a thousand keys each."
+    bucket, _, start = store.path(prefix).partition("/")
+    asked = {"Bucket": bucket, "Prefix": start} | ({"Delimiter": delimiter} if delimiter else {})
+    while True:
+        page = _ask(store, prefix, lambda fs: _page(fs, asked))  # noqa: B023  asked at once
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _cut(store: Store) -> int:
+    "Letters of a key in the bucket that come before the key in the store."
+    return len(store.root.rstrip("/").partition("/")[2] + "/") if "/" in store.root.rstrip("/") else 0
+
+
+def _find_s3(store: Store, prefix: str) -> Iterator[tuple[str, dict]]:
+    for page in _pages(store, prefix):
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):
+                etag = item.get("ETag", "").strip('"') or None
+                yield item["Key"][_cut(store) :], {"byte_size": item["Size"], "etag": etag}
+
+
+def _find_files(store: Store, prefix: str) -> Iterator[tuple[str, dict]]:
+    folder, _, stem = prefix.rpartition("/")
+    waiting = [(store.path(folder).rstrip("/"), stem)]
+    while waiting:
+        path, stem = waiting.pop()
+        for entry in os.scandir(path) if os.path.isdir(path) else ():
+            if entry.name.startswith(stem) and entry.is_dir():
+                waiting.append((entry.path, ""))
+            elif entry.name.startswith(stem):
+                key = entry.path[len(store.root.rstrip("/")) + 1 :]
+                yield key, {"byte_size": entry.stat().st_size, "etag": None}
+
+
+def _folders(store: Store, prefix: str) -> Iterator[str]:
+    if store.s3:
+        for page in _pages(store, prefix, "/"):
+            yield from (item["Prefix"].rstrip("/").rpartition("/")[2] for item in page.get("CommonPrefixes", []))
+    elif os.path.isdir(path := store.path(prefix)):
+        yield from (entry.name for entry in os.scandir(path) if entry.is_dir())
+
+# %% ../../nbs/01_data.archive.ipynb #01-044
 class Store(Place):
     "Objects in an S3 bucket or in a folder, by key."
 
@@ -385,37 +798,23 @@ class Store(Place):
         prefix: str = "",  # beginning of the keys
     ) -> dict[str, dict[str, Any]]:  # key → byte_size, etag (None in a folder)
         "All objects whose key begins with a prefix, in order; S3 is asked for these alone, page by page."
-        folder, _, stem = prefix.rpartition("/")
-        where = self.path(folder).rstrip("/")
-        if self.s3:
-            found = self.fs.find(where, prefix=stem, detail=True)
-            infos = {
-                p: {"byte_size": i["size"], "etag": (i.get("ETag") or "").strip('"') or None} for p, i in found.items()
-            }
-        else:
-            infos = {p: {"byte_size": s.st_size, "etag": None} for p, s in _find_local(where, stem)}
-        start = len(self.root.rstrip("/")) + 1
-        return {p[start:]: infos[p] for p in sorted(infos) if p[start:].startswith(prefix)}
+        return dict(sorted((_find_s3 if self.s3 else _find_files)(self, prefix)))
 
     def folders(
         self,
         prefix: str = "",  # a folder, with or without its slash
     ) -> list[str]:  # names
         "The folders directly below a folder."
-        try:
-            entries = self.fs.ls(self.path(prefix).rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+        return sorted(_folders(self, prefix.rstrip("/") + "/" if prefix.strip("/") else ""))
 
     def read(
         self,
         key: str,  # key of an object
-        byte_size: int | None = None,  # its size as listed; asked for where not given
+        byte_size: int | None = None,  # its size as listed
         etag: str | None = None,  # its ETag as listed
     ) -> bytes:  # the whole object
-        "Read an object whole; a body of another size or MD5 than listed is asked for again and then an `OSError`."
-        return _read_checked(self, key, byte_size, etag)
+        "Read an object whole; an `OSError` where it is not what its ETag, or the listing, promised."
+        return (_read_s3 if self.s3 else _read_file)(self, key, *_known(byte_size, etag))
 
     def read_range(
         self,
@@ -424,10 +823,17 @@ class Store(Place):
         stop: int,  # byte after the last
     ) -> bytes:  # exactly `stop - start` bytes
         "Read a part of an object; an `OSError` where it ends early."
-        data = self.fs.cat_file(self.path(key), start=start, end=stop)
-        if len(data) != stop - start:
-            raise OSError(f"{self.url(key)}: expected {stop - start} bytes from byte {start}, got {len(data)}")
-        return data
+        return self.read_ranges(key, [(start, stop)])[0]
+
+    def read_ranges(
+        self,
+        key: str,  # key of an object
+        ranges: Sequence[tuple[int, int]],  # first byte and byte after the last of each
+        byte_size: int | None = None,  # its size as listed
+        etag: str | None = None,  # its ETag as listed
+    ) -> list[bytes]:  # the parts, in the order of `ranges`
+        "Read parts of an object, several at a time; an `OSError` where it ends early or was replaced."
+        return _read_parts(self, key, ranges, *_known(byte_size, etag))
 
     def write(
         self,
@@ -435,11 +841,121 @@ class Store(Place):
         data: bytes,  # the whole object
     ) -> None:
         "Write an object whole: another reader sees the old one or the new one, never half of it."
-        path = self.path(key)
-        self.fs.pipe_file(path, data) if self.s3 else _write_file(path, data)
+        _write_s3(self, key, data) if self.s3 else _write_file(self.path(key), data)
 
-# %% ../../nbs/01_data.archive.ipynb #01-030
-FEW = 4  # up to so many stations, one question per station is less to list than the whole network
+    def remove(
+        self,
+        key: str,  # key of an object
+    ) -> None:
+        "Remove an object; none is as good as removed."
+        if not self.s3:
+            return Path(self.path(key)).unlink(missing_ok=True)
+        bucket, _, name = self.path(key).partition("/")
+        _ask(self, key, lambda fs: fs.call_s3("delete_object", Bucket=bucket, Key=name))
+
+# %% ../../nbs/01_data.archive.ipynb #01-050
+_PART = 16 << 20  # bytes of a large object that are asked for at a time, by each of a few threads
+
+
+def _fetch(store: Store, key: str, target: Path, byte_size: int | None, etag: str | None, sha256: str | None) -> None:
+    "Write a verified copy of an object; with a SHA-256 to verify it by, a large one is never in memory as a whole."
+    if byte_size is None or byte_size <= 4 * _PART or not sha256:
+        data = store.read(key, byte_size, etag)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise _Damaged("expected another SHA-256")
+        target.write_bytes(data)
+        return
+    digest = hashlib.sha256()
+    with open(target, "wb") as file:
+        for at in range(0, byte_size, 4 * _PART):
+            stop = min(at + 4 * _PART, byte_size)
+            spans = [(a, min(a + _PART, stop)) for a in range(at, stop, _PART)]
+            with ThreadPoolExecutor(4) as pool:
+                for data in pool.map(lambda s: _read_part(store, key, s[0], s[1], byte_size, etag), spans):
+                    digest.update(data)
+                    file.write(data)
+    if digest.hexdigest() != sha256:
+        raise _Damaged("expected another SHA-256")
+
+
+def _shrink(folder: Path, max_bytes: int, keep: Path) -> None:
+    "Remove what was not asked for the longest, until the rest fits."
+    found = []
+    for path in folder.glob("[!.]*"):
+        try:
+            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        except FileNotFoundError:  # another process was faster
+            continue
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= max_bytes:
+            return
+        if path != keep:
+            path.unlink(missing_ok=True)
+            total -= size
+
+# %% ../../nbs/01_data.archive.ipynb #01-051
+class Cache:
+    "Verified copies of objects in a folder of this machine, the least recently used removed beyond a size."
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,  # where the copies lie; nothing else may
+        max_bytes: int,  # size beyond which copies are removed; the one last asked for stays in any case
+    ):
+        self.folder, self.max_bytes = Path(folder).absolute(), max_bytes
+        self._verified: set[tuple[str, int]] = set()
+
+    def path(
+        self,
+        store: Store,  # where the object lies
+        key: str,  # its key
+        byte_size: int | None = None,  # its size as listed
+        etag: str | None = None,  # its ETag as listed
+        sha256: str | None = None,  # its SHA-256, where known
+    ) -> Path:  # a copy that stays until `max_bytes` of others were asked for; in a folder, the object itself
+        "A verified local copy of an object; where it is gone when it is opened, ask again."
+        if not store.s3:
+            return Path(store.path(key))
+        byte_size, etag = _known(byte_size, etag)
+        name = hashlib.sha256("\n".join(map(str, (store.url(key), byte_size, etag, sha256))).encode()).hexdigest()[:32]
+        path = self.folder / (name + Path(key).suffix)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.folder / f".{name[:2]}.lock"):
+            if not self._holds(path, byte_size, sha256):
+                self._add(store, key, path, (byte_size, etag, sha256))
+            os.utime(path)
+            self._verified.add((path.name, path.stat().st_ino))
+        _shrink(self.folder, self.max_bytes, path)
+        return path
+
+    def _holds(self, path: Path, byte_size: int | None, sha256: str | None) -> bool:
+        "Whether a good copy is there; its bytes are looked at once per process."
+        if not path.exists() or byte_size not in (None, path.stat().st_size):
+            return False
+        if sha256 is None or (path.name, path.stat().st_ino) in self._verified:
+            return True
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+    def _add(self, store: Store, key: str, path: Path, promised: tuple) -> None:
+        part = path.with_name(f".{path.name}.part")
+        for tries in range(1, store.retry.bodies + 1):
+            try:
+                _fetch(store, key, part, *promised)
+                return os.replace(part, path)
+            except _Damaged as error:
+                if tries == store.retry.bodies:
+                    raise OSError(f"{store.url(key)}: {error}, {tries} times: it was replaced or is damaged") from None
+                time.sleep(store.retry.pause(tries))
+            finally:
+                part.unlink(missing_ok=True)
+
+# %% ../../nbs/01_data.archive.ipynb #01-054
+FEW = 4  # up to so many stations or channels, one question for each is less to list than all
+_ASKING = 16  # questions to S3 under way at a time
+_TIME = {"year", "doy", "month", "day"}
+_EVER = 2**62  # ns, later than any time, as its negative is earlier
 
 
 def _names(value: str | Iterable[str] | None) -> list[str]:
@@ -457,25 +973,128 @@ def _fits(code: str | None, wanted: Sequence[str]) -> bool:
     return not wanted or code is None or any(fnmatchcase(code, name) for name in wanted)
 
 
-def _prefixes(archive: Archive, networks: list[str], stations: list[str], days: range | None) -> list[str]:
+@dataclass(frozen=True)
+class _Wish:
+    "What is to be listed."
+
+    networks: list[str]
+    stations: list[str]
+    channels: list[str]
+    start: int | None  # ns
+    end: int | None
+    listed: tuple[dict, ...] = ()  # what need not be listed again, as `_question` says it
+
+    def codes(self, field: str) -> list[str]:
+        return {"network": self.networks, "station": self.stations, "channel": self.channels}.get(field, [])
+
+    def few(self, field: str) -> list[str]:
+        "The codes of a field, where they are few and known to the last letter; empty otherwise."
+        codes = self.codes(field)
+        return [] if any(map(_wild, codes)) or len(codes) > (FEW if field != "network" else 1000) else codes
+
+    def days(self, known: dict[str, str]) -> tuple[int, int]:
+        "Bounds of the days that the fields known so far leave, and of those wanted, ns."
+        low: int | None = -_EVER
+        high: int | None = _EVER
+        if {"doy", "day"} & set(known):
+            low = _day(known["year"], known.get("doy"), known.get("month"), known.get("day"))
+            high = None if low is None else low + DAY
+        elif "year" in known:
+            low, high = (_day(str(int(known["year"]) + more), None, None, None) for more in (0, 1))
+        if low is None or high is None:  # the calendar has no such day
+            return 0, 0
+        start, end = -_EVER if self.start is None else self.start // DAY * DAY, _EVER if self.end is None else self.end
+        return max(low, start), min(high, end)
+
+    def settled(self, known: dict[str, str], whole: bool = True) -> bool:
+        "Whether all (or, not `whole`, some) of what is wanted below these fields has been listed for good."
+        (low, high), networks = self.days(known), [known["network"]] if "network" in known else self.networks
+        for wanted in [[network] for network in networks] or [[]]:
+            spans = [(e["start"], e["end"]) for e in self.listed if _covers(e["networks"], wanted)]
+            hit = any((a <= low and high <= b) if whole else (a < high and low < b) for a, b in spans)
+            if hit is not whole:
+                return hit
+        return whole
+
+
+def _covers(listed: Sequence[str], wanted: Sequence[str]) -> bool:
+    "Whether a listing of some codes had all that is wanted now."
+    return not listed or (bool(wanted) and all(w in listed or (not _wild(w) and _fits(w, listed)) for w in wanted))
+
+# %% ../../nbs/01_data.archive.ipynb #01-055
+def _codes_below(archive: Archive, wish: _Wish, level: str, path: str, known: dict) -> list[dict] | None:
+    "The fields of the folders of one level, from the wish or else from the archive; None: not worth asking for."
+    fields = {name for _, name, _ in _parts(level) if name} - set(known)
+    days = () if wish.start is None or wish.end is None else range(wish.start // DAY * DAY, wish.end, DAY)
+    days = days if len(days) <= 40 else ()  # of many days, the folders tell which there are
+    choices = [[{f: code} for code in wish.few(f)] for f in sorted(fields - _TIME)]
+    if fields & _TIME and days:
+        dates = [_calendar(day) for day in days]
+        dates = [d for d in dates if all(known.get(f, d[f]) == d[f] for f in _TIME)]
+        choices.append(
+            [dict(d) for d in dict.fromkeys(tuple((f, d[f]) for f in sorted(fields & _TIME)) for d in dates)]
+        )
+    if all(choices) and (days or not fields & _TIME):
+        return [functools.reduce(dict.__or__, combination, {}) for combination in itertools.product(*choices)]
+    if fields <= _TIME | {"network"} or "year" not in known:
+        matches = map(re.compile(_pattern(level)).fullmatch, archive.folders(path))
+        return [{f: code.strip("_") for f, code in match.groupdict().items()} for match in matches if match]
+    return None
+
+
+def _descend(archive: Archive, wish: _Wish, level: str, state: tuple[str, dict]) -> list[tuple[str, dict, bool]]:
+    "One level of the template further down: path, fields known, and whether to list from here."
+    path, known = state
+    whole = "year" in known and wish.days(known) == _Wish([], [], [], None, None).days(known)
+    if whole and "network" in known and not wish.stations and not wish.settled(known, whole=False):
+        return [(path, known, True)]
+    codes = _codes_below(archive, wish, level, path, known)
+    if codes is None:
+        return [(path + head, known, True) for head in _heads(level, wish, known)]
+    found = []
+    for code in codes:
+        told, name = known | code, _beginning(level, known | code)
+        low, high = wish.days(told)
+        fits = all(known.get(f, v) == v for f, v in code.items()) and low < high
+        fits = fits and all(_fits(told.get(f), wish.codes(f)) for f in ("network", "station", "channel"))
+        here = f"{path}{name}/"
+        if fits and _same_way(here, archive.prefix) and not wish.settled(told):
+            found.append((here, told, False))
+    return found
+
+
+def _heads(level: str, wish: _Wish, known: dict) -> list[str]:
+    "How the names of a level begin that can hold what is wanted."
+    choices: list[list[dict]] = []
+    for field in ("network", "station", "channel"):
+        codes = wish.codes(field) if field == "network" or len(wish.codes(field)) <= FEW else []
+        choices.append([{field: code} for code in codes if field not in known] or [{}])
+    told = [known | network | station | channel for network, station, channel in itertools.product(*choices)]
+    return sorted({_beginning(level, fields) for fields in told if not wish.settled(fields)})
+
+# %% ../../nbs/01_data.archive.ipynb #01-056
+def _prefixes(archive: Archive, wish: _Wish) -> list[str]:
     "The prefixes that cover what is wanted: each is one bounded listing."
-    layout = archive.layout
-    if days is None:
-        return [archive.prefix or layout.folder]
-    if layout.network_first and (not networks or any(map(_wild, networks))):
-        networks = [name for name in archive.folders(layout.folder) if _fits(name, networks)]
-    every: list[str | None] = [None]
-    found = {
-        layout.day_prefix(day, network, station)
-        for day in days
-        for network in networks or (() if layout.network_first else every)
-        for station in (stations if 0 < len(stations) <= FEW else every)
-    }
-    # The shorter of two prefixes covers the longer one; what lies beside the archive's own prefix is not wanted.
-    found = {
-        max(p, archive.prefix, key=len) for p in found if p.startswith(archive.prefix) or archive.prefix.startswith(p)
-    }
-    return sorted(p for p in found if not any(p != q and p.startswith(q) for q in found))
+    *levels, last = archive.layout.template.split("/")
+    states: list[tuple[str, dict]] = [("", {})]
+    found = set()
+    with ThreadPoolExecutor(_ASKING) as pool:
+        for level in levels:
+            below = pool.map(functools.partial(_descend, archive, wish, level), states)
+            states = []
+            for path, known, ends in itertools.chain.from_iterable(below):
+                found.add(path) if ends else states.append((path, known))
+    found |= {path + head for path, known in states for head in _heads(last, wish, known)}
+    # Of two prefixes the shorter covers the longer; what lies beside the archive's own prefix is not wanted.
+    kept: list[str] = []
+    for path in sorted(max(p, archive.prefix, key=len) for p in found if _same_way(p, archive.prefix)):
+        if not kept or not path.startswith(kept[-1]):
+            kept.append(path)
+    return kept
+
+
+def _same_way(one: str, other: str) -> bool:
+    return one.startswith(other) or other.startswith(one)
 
 
 def _latest(rows: list[dict]) -> list[dict]:
@@ -487,28 +1106,35 @@ def _latest(rows: list[dict]) -> list[dict]:
             best[name] = row
     return list(best.values())
 
-# %% ../../nbs/01_data.archive.ipynb #01-031
+# %% ../../nbs/01_data.archive.ipynb #01-057
+def _look(store: Store, folder: str) -> tuple[list[str], list[str]]:
+    "Keys and folders directly below a folder; of a large one on S3 the first thousand."
+    if store.s3:
+        page, cut = next(_pages(store, folder, "/")), _cut(store)
+        keys = [item["Key"][cut:] for item in page.get("Contents", [])]
+        return keys, [item["Prefix"][cut:] for item in page.get("CommonPrefixes", [])]
+    path = store.path(folder)
+    entries = sorted(os.scandir(path), key=lambda e: e.name) if os.path.isdir(path) else []
+    keys = [folder + e.name for e in entries if e.is_file()]
+    return keys, [f"{folder}{e.name}/" for e in entries if e.is_dir()]
+
+
 def _example_keys(store: Store, folder: str, budget: int = 40) -> list[str]:
     "Some keys below a folder, found by walking down first folders first, a bounded number of them."
     waiting = [folder]
     while waiting and budget:
         budget -= 1
-        here = waiting.pop()
-        try:
-            entries = store.fs.ls(store.path(here).rstrip("/"), detail=True)
-        except FileNotFoundError:
-            continue
-        start = len(store.root.rstrip("/")) + 1
-        keys = [e["name"][start:] for e in entries if e["type"] == "file"]
+        keys, folders = _look(store, waiting.pop())
         if any(layout.parse(key) for key in keys for layout in LAYOUTS.values()):
             return keys
-        waiting += [e["name"][start:] + "/" for e in reversed(entries) if e["type"] == "directory"]
+        waiting += reversed(folders)
     return []
 
 
 def _cut_root(place: Place, layouts: Iterable[Layout]) -> str:
     "Move what a URL names below the archive's root, such as `continuous_waveforms/2019/`, into a prefix of keys."
-    path, folders = place.root.rstrip("/") + "/", sorted({layout.folder for layout in layouts}, key=len, reverse=True)
+    path = place.root.rstrip("/") + "/"
+    folders = sorted({layout.folder for layout in layouts if layout.folder}, key=len, reverse=True)
     if not place.s3 and any(os.path.isdir(path + folder) for folder in folders):
         return ""
     for folder in folders:
@@ -518,36 +1144,50 @@ def _cut_root(place: Place, layouts: Iterable[Layout]) -> str:
     return ""
 
 
+def _known_bucket(name: str) -> tuple[Layout | None, Bucket | None]:
+    "The layout of a public bucket, and what is known of the bucket."
+    return next(((la, bu) for la in LAYOUTS.values() for bu in la.buckets if bu.name == name), (None, None))
+
+
 def _find_layout(archive: Archive) -> Layout:
-    "The layout of an archive, by the name of its bucket or else by its keys."
-    for layout in LAYOUTS.values():
-        if archive.s3 and layout.bucket == archive.root:
-            return layout
-    for folder in [archive.prefix] if archive.prefix else sorted({layout.folder for layout in LAYOUTS.values()}):
-        if keys := _example_keys(archive, folder.rpartition("/")[0] + "/"):
+    "The layout of an archive by its keys."
+    for folder in [archive.prefix] if archive.prefix else sorted({la.folder for la in LAYOUTS.values()}, key=len)[::-1]:
+        if keys := _example_keys(archive, folder.rpartition("/")[0] + "/" if folder else ""):
             return recognise(keys)
     return recognise([])
 
-# %% ../../nbs/01_data.archive.ipynb #01-032
+
+def _as_layout(layout: Layout | str | None) -> Layout | None:
+    if not isinstance(layout, str):
+        return layout
+    if "{" in layout:
+        return Layout.from_template(layout)
+    if layout not in LAYOUTS:
+        raise ValueError(f"expected a layout of {', '.join(LAYOUTS)}, or a template, got {layout!r}")
+    return LAYOUTS[layout]
+
+# %% ../../nbs/01_data.archive.ipynb #01-058
 class Archive(Store):
     "A store of miniSEED objects under the keys of a data centre."
 
     def __init__(
         self,
         url: str | os.PathLike,  # `s3://bucket[/prefix]`, `file:///folder` or a folder; may end inside the tree of keys
-        layout: Layout | str | None = None,  # how its keys are spelt; None: found out from bucket or keys
+        layout: Layout | str | None = None,  # how its keys are spelt, by name or template; None: by bucket or keys
         *,
-        anon: bool = True,  # S3 without signing; False: credentials from the environment, a profile or a role
-        endpoint_url: str | None = None,  # another S3 server than Amazon's; also from AWS_ENDPOINT_URL
+        credentials: str | None = None,  # as in `Store`; None: what the bucket is known to want, or anonymous
+        endpoint_url: str | None = None,  # as in `Store`
     ):
-        super().__init__(url, anon=anon, endpoint_url=endpoint_url)
-        if isinstance(layout, str):
-            if layout not in LAYOUTS:
-                raise ValueError(f"expected a layout of {', '.join(LAYOUTS)}, got {layout!r}")
-            layout = LAYOUTS[layout]
-        self.prefix = _cut_root(self, [layout] if layout else LAYOUTS.values())
-        self.region = next((known.region for known in LAYOUTS.values() if self.s3 and known.bucket == self.root), "")
-        self._layout = layout
+        super().__init__(url, endpoint_url=endpoint_url)
+        self._layout = _as_layout(layout)
+        self.prefix = _cut_root(self, [self._layout] if self._layout else LAYOUTS.values())
+        spelt, bucket = _known_bucket(self.root) if self.s3 else (None, None)
+        self._layout = self._layout or spelt
+        self._public = bucket is not None and not endpoint_url and not os.environ.get("AWS_ENDPOINT_URL")
+        self._let_in(credentials or (bucket.credentials if bucket else "anonymous"))
+        if bucket is None and credentials == "earthscope":  # another access point
+            bucket = LAYOUTS["earthscope"].buckets[0]
+        self.region = bucket.region if bucket else ""
 
     @property
     def layout(self) -> Layout:
@@ -562,9 +1202,10 @@ class Archive(Store):
         channels: str | Sequence[str] = (),  # channel codes such as `HH?`; objects that hold all channels always fit
         start: str | int | obspy.UTCDateTime | None = None,  # objects of days that end after it; None: from the first
         end: str | int | obspy.UTCDateTime | None = None,  # objects of days that begin before it; None: to the last
+        progress: Callable[[int, int], object] | None = None,  # gets the number of listings done, and of all
     ) -> pd.DataFrame:  # manifest, one row per object, columns `MANIFEST_COLUMNS`
         "List the objects of some networks, stations, channels and days."
-        return _list(self, _names(networks), _names(stations), _names(channels), start, end)
+        return _list(self, _wish(networks, stations, channels, start, end), progress)
 
     def station_xml(
         self,
@@ -579,7 +1220,7 @@ class Archive(Store):
                 return [self.read(key) for key in keys]
         return []
 
-# %% ../../nbs/01_data.archive.ipynb #01-034
+# %% ../../nbs/01_data.archive.ipynb #01-060
 _MANIFEST_TYPES = {
     "url": "string",
     "key": "string",
@@ -610,43 +1251,57 @@ def as_manifest(
     by = ["starttime", "network", "station", "location", "channel", "key"]
     return table.sort_values(by, kind="stable").reset_index(drop=True)
 
-# %% ../../nbs/01_data.archive.ipynb #01-035
-def _days(archive: Archive, start: int | None, end: int | None) -> range | None:
-    "The days to list, as nanoseconds; None for all of them."
-    if start is not None and end is not None:
-        if start >= end:
-            raise ValueError(
-                f"expected a start before the end, got {obspy.UTCDateTime(ns=start)} and {obspy.UTCDateTime(ns=end)}"
-            )
-        return range(start // DAY * DAY, end, DAY)
-    if archive.s3 and not archive.prefix:
+# %% ../../nbs/01_data.archive.ipynb #01-061
+def _wish(networks: Any, stations: Any, channels: Any, start: Any, end: Any) -> _Wish:
+    first, last = (None if time is None else parse_time(time) for time in (start, end))
+    if first is not None and last is not None and first >= last:
         raise ValueError(
-            f"expected start and end to list {archive.url('')}, got no bounds: a whole bucket holds too many keys"
+            f"expected a start before the end, got {obspy.UTCDateTime(ns=first)} and {obspy.UTCDateTime(ns=last)}"
         )
-    return None
+    return _Wish(_names(networks), _names(stations), _names(channels), first, last)
 
 
-def _list(archive, networks, stations, channels, start, end) -> pd.DataFrame:
-    start, end = (None if time is None else parse_time(time) for time in (start, end))
-    days, layout, rows, strange = _days(archive, start, end), archive.layout, [], 0
-    for prefix in _prefixes(archive, networks, stations, days):
-        for key, info in archive.find(prefix).items():
-            told = layout.parse(key)
-            if told is None:
-                strange += 1
-                continue
-            if not all(map(_fits, (told["network"], told["station"], told["channel"]), (networks, stations, channels))):
-                continue
-            if (start is None or told["endtime"] > start) and (end is None or told["starttime"] < end):
-                origin = {"url": archive.url(key), "key": key, "layout": layout.name, "sampling_rate": None}
-                rows.append(told | {"location": told["location"] or ""} | info | origin)
+def _rows(archive: Archive, wish: _Wish, prefix: str) -> list[dict]:
+    "The rows of one listing."
+    layout, rows, strange = archive.layout, [], 0
+    for key, info in archive.find(prefix).items():
+        told = layout.parse(key)
+        if told is None:
+            strange += 1
+            continue
+        fits = all(_fits(told[field], wish.codes(field)) for field in ("network", "station", "channel"))
+        if (
+            fits
+            and (wish.start is None or told["endtime"] > wish.start)
+            and (wish.end is None or told["starttime"] < wish.end)
+        ):
+            origin = {"url": archive.url(key), "key": key, "layout": layout.name, "sampling_rate": None}
+            rows.append(told | {"location": told["location"] or ""} | info | origin)
     if strange:
-        _logger.info("%s: %d objects are not spelt as %s and left out", archive.url(""), strange, layout.name)
-    rows = _latest(rows)
-    _logger.info("%s: %d objects listed", archive.url(""), len(rows))
-    return as_manifest(rows)
+        _logger.info("%s: %d objects are not spelt as %s and left out", archive.url(prefix), strange, layout.name)
+    return _latest(rows)
 
-# %% ../../nbs/01_data.archive.ipynb #01-037
+
+def _list(archive: Archive, wish: _Wish, progress: Callable[[int, int], object] | None = None) -> pd.DataFrame:
+    if archive._public and not (archive.prefix or wish.networks or wish.stations or wish.start or wish.end):
+        raise ValueError(
+            f"expected networks, stations, a start or an end to list {archive.url('')}, got nothing: "
+            "a whole public bucket holds too many keys"
+        )
+    prefixes, tables, rows = _prefixes(archive, wish), [], []
+    progress = progress or (lambda done, total: None)
+    with ThreadPoolExecutor(_ASKING) as pool:
+        for at in range(0, len(prefixes), 256):  # in batches, so that memory holds few rows that are no table yet
+            batch = prefixes[at : at + 256]
+            for done, part in enumerate(pool.map(functools.partial(_rows, archive, wish), batch), at + 1):
+                rows += part
+                progress(done, len(prefixes))
+            tables.append(as_manifest(rows))
+            rows = []
+    _logger.info("%s: %d objects in %d listings", archive.url(""), sum(map(len, tables)), len(prefixes))
+    return as_manifest(pd.concat(tables, ignore_index=True) if tables else [])
+
+# %% ../../nbs/01_data.archive.ipynb #01-063
 def _day_parts(trace: obspy.Trace) -> Iterator[tuple[int, obspy.Trace]]:
     "Cut a trace at midnight UTC; a sample within a microsecond before midnight belongs to the new day."
     begin, rate, count = trace.stats.starttime.ns, trace.stats.sampling_rate, trace.stats.npts
@@ -678,18 +1333,18 @@ def _pack(trace: obspy.Trace) -> bytes:
     trace.write(buffer, format="MSEED", encoding=encoding, reclen=512)
     return buffer.getvalue()
 
-# %% ../../nbs/01_data.archive.ipynb #01-038
+# %% ../../nbs/01_data.archive.ipynb #01-064
 def write_archive(
     url: str | os.PathLike,  # bucket or folder to write to
     stream: obspy.Stream,  # records of any length, with gaps or without
     inventory: obspy.Inventory | None = None,  # their metadata, kept where the layout has a place for it
     layout: Layout | str = "scedc",  # how to spell the keys
     *,
-    anon: bool | None = None,  # as in `Archive`; None: signed on S3
+    credentials: str = "environment",  # as in `Store`
     endpoint_url: str | None = None,  # as in `Archive`
 ) -> Archive:  # the archive, ready to list
     "File records as a data centre does: miniSEED objects cut at midnight UTC, and StationXML per station."
-    archive = Archive(url, layout, anon=bool(anon), endpoint_url=endpoint_url)
+    archive = Archive(url, layout, credentials=credentials, endpoint_url=endpoint_url)
     layout = archive.layout
     objects: dict[str, list[bytes]] = {}
     for trace in stream.split():
@@ -708,57 +1363,219 @@ def write_archive(
     _logger.info("%s: %d objects and %d StationXML written", archive.url(""), len(objects), len(stations))
     return archive
 
-# %% ../../nbs/01_data.archive.ipynb #01-048
-def _headers(data: bytes) -> list[dict]:
-    "Bounds and rate of each channel of a miniSEED object; the rate is the one of most samples."
-    found: dict[tuple, dict] = {}
-    for trace in obspy.read(io.BytesIO(data), format="MSEED", headonly=True):
-        stats = trace.stats
-        codes = (stats.network, stats.station, stats.location, stats.channel)
-        step = round(1e9 / stats.sampling_rate) if stats.sampling_rate > 0 else 0
-        row = found.setdefault(codes, {"starttime": [], "endtime": [], "rates": Counter()})
-        row["starttime"].append(stats.starttime.ns)
-        row["endtime"].append(stats.endtime.ns + step)
-        row["rates"][stats.sampling_rate] += stats.npts
-    return [
-        dict(zip(("network", "station", "location", "channel"), codes, strict=True))
-        | {"starttime": min(row["starttime"]), "endtime": max(row["endtime"])}
-        | {"sampling_rate": row["rates"].most_common(1)[0][0]}
-        for codes, row in sorted(found.items())
-    ]
+# %% ../../nbs/01_data.archive.ipynb #01-074
+@functools.lru_cache(4096)
+def _seed_codes(sourceid: str) -> tuple[str, str, str, str]:
+    "Network, station, location and channel of a source identifier such as FDSN:CI_CCC__H_H_Z."
+    network, station, location, *channel = sourceid.removeprefix("FDSN:").split("_")
+    return network, station, location, ("_" if any(len(part) > 1 for part in channel) else "").join(channel)
 
 
-def _refined(archive: Archive, row: dict, data: bytes | Exception) -> list[dict]:
+def _record(record: pymseed.MS3Record, offset: int, data: Any) -> tuple:
+    "A row of the index."
+    start, count, rate, length = record.starttime, record.samplecnt, record.samprate, record.reclen
+    span = round(min(count * 1e9 / rate, 2.0**60)) if rate > 0 else 0  # a damaged rate may mean 36 years a sample
+    codes = _seed_codes(record.sourceid)
+    end = min(start + span, 2**63 - 1)
+    return offset, length, *codes, start, end, count, rate, zlib.crc32(data[offset : offset + length])
+
+
+_BEGINNING = re.compile(rb"[0-9 ]{6}[DRQM][ \x00]|MS\x03")  # of a record of miniSEED 2 or 3
+
+
+def _scan(data: bytes) -> list[tuple]:
+    "All records of an object; what is none is stepped over."
+    view, rows, offset, lost = memoryview(data), [], 0, 0
+    while offset < len(data):
+        try:
+            for record in pymseed.MS3Record.from_buffer(view[offset:]):
+                rows.append(_record(record, offset, view))
+                offset += record.reclen
+        except pymseed.MiniSEEDError:
+            found = _BEGINNING.search(data, offset + 1)
+            lost -= offset
+            offset = found.start() if found else len(data)
+            lost += offset
+    if lost:
+        _logger.info("%d bytes that are no records were stepped over", lost)
+    return rows
+
+
+_INDEX_TYPES = {"offset": "int64", "length": "int64", "network": "string", "station": "string", "location": "string"}
+_INDEX_TYPES |= {"channel": "string", "starttime": "int64", "endtime": "int64", "samples": "int64"}
+_INDEX_TYPES |= {"sampling_rate": "float64", "crc": "int64"}
+
+
+def _as_index(rows: list[tuple]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(_INDEX_TYPES)).astype(_INDEX_TYPES)
+
+# %% ../../nbs/01_data.archive.ipynb #01-075
+def record_index(
+    data: bytes | Store,  # a miniSEED object, or the store where it lies
+    key: str = "",  # its key in the store
+    byte_size: int | None = None,  # its size as listed
+    etag: str | None = None,  # its ETag as listed
+) -> pd.DataFrame:  # a row per record: offset length network station location channel starttime endtime samples …
+    "The records of a miniSEED object, in the order of its bytes: where they lie, what they hold, and their CRC-32."
+    return _as_index(_scan(data.read(key, byte_size, etag) if isinstance(data, Store) else data))
+
+
+def read_records(
+    store: Store,  # where the object lies
+    key: str,  # its key
+    index: pd.DataFrame,  # its record index
+    start: str | int | obspy.UTCDateTime,  # records that end after it
+    end: str | int | obspy.UTCDateTime,  # records that begin before it
+    channels: str | Sequence[str] = (),  # of these channels, wildcards allowed; empty: all
+) -> bytes:  # whole records, miniSEED
+    "Read the records of a stretch of time and no more; an `OSError` where they are not those of the index."
+    first, last, wanted = parse_time(start), parse_time(end), _names(channels)
+    fits = index["channel"].map({code: _fits(code, wanted) for code in index["channel"].unique()}).astype(bool)
+    chosen = index[fits & (index["endtime"] > first) & (index["starttime"] < last)]
+    spans = [(a, a + n) for a, n in zip(chosen["offset"], chosen["length"], strict=True)]
+    crcs, found, left = chosen["crc"].to_list(), [b""] * len(spans), list(range(len(spans)))
+    for tries in range(1, store.retry.bodies + 1):
+        for at, data in zip(left, store.read_ranges(key, [spans[i] for i in left]), strict=True):
+            found[at] = data
+        left = [at for at in left if zlib.crc32(found[at]) != crcs[at]]
+        if not left:
+            return b"".join(found)
+        time.sleep(store.retry.pause(tries) if store.s3 else 0)
+    raise OSError(f"{store.url(key)}: {len(left)} records are not those of the index; the object was replaced")
+
+# %% ../../nbs/01_data.archive.ipynb #01-083
+_SMALL = 64 << 10  # bytes up to which an object is read whole: it takes one question
+_LONGEST = 8192  # bytes of the longest records that are looked at one by one
+_PROBES = {True: 6, False: 14}  # headers looked at between the first and the last ones, of one channel and of many
+_ENDS = 8  # records looked at on each end
+_HEADER = 256  # bytes of a record that hold its header
+
+
+def _bounds(index: pd.DataFrame) -> list[dict]:
+    "Bounds and rate of each channel; the rate is the one of most samples."
+    found = []
+    codes = ["network", "station", "location", "channel"]
+    for names, part in index.groupby(codes, sort=True):
+        rates = part.groupby("sampling_rate")["samples"].sum()
+        row = dict(zip(codes, names, strict=True)) | {"sampling_rate": float(rates.idxmax())}
+        found.append(row | {"starttime": int(part["starttime"].min()), "endtime": int(part["endtime"].max())})
+    return found
+
+
+class _Irregular(Exception):
+    "An object whose headers do not lie where they are expected, or do not follow each other as expected."
+
+
+@dataclass
+class _Probe:
+    "Looks at single headers of an object of records of one length."
+
+    archive: Archive
+    row: dict
+    length: int
+    seen: dict[int, tuple]  # number of a record → row of the index
+
+    def look(self, numbers: Iterable[int]) -> None:
+        "Read these headers."
+        new, known = sorted(set(numbers) - set(self.seen)), (self.row["byte_size"], self.row["etag"])
+        size = min(_HEADER, self.length)
+        spans = [(n * self.length, n * self.length + size) for n in new]
+        for n, head in zip(new, self.archive.read_ranges(self.row["key"], spans, *known), strict=True):
+            self.seen[n] = self.parse(n, head)
+
+    def parse(self, n: int, head: bytes) -> tuple:
+        "A header, its record filled up with zeros."
+        try:
+            record = pymseed.MS3Record.parse(head + bytes(self.length - len(head)))
+        except pymseed.MiniSEEDError:
+            raise _Irregular from None
+        if record.reclen != self.length or record.formatversion != 2:
+            raise _Irregular
+        return _record(record, n * self.length, b"")
+
+    def alike(self, one: int, other: int) -> bool:
+        "Whether two records are of one channel and one sampling rate."
+        return _kind(self.seen[one]) == _kind(self.seen[other])
+
+# %% ../../nbs/01_data.archive.ipynb #01-084
+def _kind(row: tuple) -> tuple:
+    "Codes and sampling rate."
+    return (*row[2:6], row[9])
+
+
+def _probe(archive: Archive, row: dict) -> pd.DataFrame:
+    "Headers enough to know the bounds of every channel of an object; `_Irregular` where some do not tell."
+    head = archive.read_ranges(row["key"], [(0, _LONGEST)], row["byte_size"], row["etag"])[0]
+    try:
+        first = _record(next(pymseed.MS3Record.from_buffer(head)), 0, b"")
+    except (pymseed.MiniSEEDError, StopIteration):
+        raise _Irregular from None
+    length, (count, rest) = first[1], divmod(row["byte_size"], first[1])
+    probe = _Probe(archive, row, length, {})
+    if rest or probe.parse(0, head[: min(_HEADER, length)]) != first:  # a header longer than what we look at
+        raise _Irregular
+    between = np.linspace(0, count - 1, _PROBES[pd.notna(row["channel"])] + 2).astype(int)[1:-1].tolist()
+    probe.look([*range(_ENDS), *between, *range(count - _ENDS, count)])
+    left, _ = 0, _ordered(probe)
+    while right := next((n for n in sorted(probe.seen) if n > left and not probe.alike(n, left)), 0):
+        left = _border(probe, max(n for n in probe.seen if n < right), right)
+    return _ordered(probe)
+
+
+def _border(probe: _Probe, left: int, right: int) -> int:
+    "The first record that is of another channel than the one at `left`, found by halving."
+    while right - left > 1:
+        middle = (left + right) // 2
+        probe.look([middle])
+        if probe.alike(middle, left):
+            left = middle
+        else:
+            right = middle
+    return right
+
+
+def _ordered(probe: _Probe) -> pd.DataFrame:
+    "What was seen, if every channel stands together, has one rate, and goes forward in time."
+    rows = [probe.seen[n] for n in sorted(probe.seen)]
+    blocks = [list(block) for _, block in itertools.groupby(rows, _kind)]
+    together = len({block[0][2:6] for block in blocks}) == len(blocks)
+    forward = all(a[6] < b[6] and a[7] <= b[7] for block in blocks for a, b in itertools.pairwise(block))
+    if not (together and forward):
+        raise _Irregular
+    return _as_index(rows)
+
+# %% ../../nbs/01_data.archive.ipynb #01-085
+def _refined(archive: Archive, row: dict) -> list[dict]:
     "The rows of one object; its own row, unrefined, where it cannot be read."
     try:
-        if isinstance(data, Exception):
-            raise data
-        return [row | found for found in _headers(data)]
-    except Exception as error:  # obspy raises anything on a damaged object
-        _logger.warning("%s: left as listed, its headers cannot be read (%s)", row["url"], type(error).__name__)
+        try:
+            if row["byte_size"] <= _SMALL:
+                raise _Irregular
+            index = _probe(archive, row)
+        except _Irregular:
+            index = record_index(archive, row["key"], row["byte_size"], row["etag"])
+    except OSError as error:
+        _logger.warning("%s: left as listed, it cannot be read (%s)", row["url"], error)
         return [row]
+    if index.empty:
+        _logger.warning("%s: left as listed, it holds no miniSEED records", row["url"])
+    return [row | found for found in _bounds(index)] or [row]
 
-# %% ../../nbs/01_data.archive.ipynb #01-049
+# %% ../../nbs/01_data.archive.ipynb #01-086
 def refine_manifest(
     archive: Archive,  # where the objects lie
     manifest: pd.DataFrame,  # manifest as listed
     channels: str | Sequence[str] = (),  # keep these alone, wildcards allowed; empty: all
-    workers: int = 8,  # objects read at a time
+    workers: int = 8,  # objects looked at at a time
+    progress: Callable[[int, int], object] | None = None,  # gets the number of objects done, and of all
 ) -> pd.DataFrame:  # manifest, one row per channel of each object, with exact bounds and rates
     "Replace what the keys tell by what the objects' headers tell; an unreadable object keeps its row, without a rate."
-
-    def fetch(row: dict) -> bytes | Exception:
-        try:
-            return archive.read(row["key"], row["byte_size"], row["etag"])
-        except OSError as error:
-            return error
-
     listed, rows = manifest.to_dict("records"), []
     with ThreadPoolExecutor(workers) as pool:
-        for at in range(0, len(listed), workers):  # in batches, so that memory holds few objects
-            batch = listed[at : at + workers]
-            for row, data in zip(batch, pool.map(fetch, batch), strict=True):
-                rows += _refined(archive, row, data)
+        for done, found in enumerate(pool.map(functools.partial(_refined, archive), listed), 1):
+            rows += found
+            if progress:
+                progress(done, len(listed))
     wanted = _names(channels)
     return as_manifest([row for row in rows if _fits(None if pd.isna(row["channel"]) else row["channel"], wanted)])
 
@@ -770,14 +1587,15 @@ def build_manifest(
     channels: str | Sequence[str] = (),  # as in the archive's `list`
     start: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
     end: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
-    refine: bool = False,  # read the headers of every object too
+    refine: bool = False,  # look at the objects' headers too
+    progress: Callable[[int, int], object] | None = None,  # gets the number of questions done, and of all
 ) -> pd.DataFrame:  # manifest, columns `MANIFEST_COLUMNS`
     "The table of an archive's objects."
     archive = archive if isinstance(archive, Archive) else Archive(archive)
-    manifest = archive.list(networks, stations, channels, start, end)
-    return refine_manifest(archive, manifest, channels) if refine else manifest
+    manifest = archive.list(networks, stations, channels, start, end, progress)
+    return refine_manifest(archive, manifest, channels, progress=progress) if refine else manifest
 
-# %% ../../nbs/01_data.archive.ipynb #01-052
+# %% ../../nbs/01_data.archive.ipynb #01-091
 def write_table(
     table: pd.DataFrame,  # any table
     path: str | os.PathLike,  # `….parquet`, on S3 or in a folder
@@ -785,7 +1603,7 @@ def write_table(
     endpoint_url: str | None = None,  # as in `Archive`
 ) -> None:
     "Save a table as one Parquet file; what was there is replaced."
-    store, name = _table_place(path, anon=False, endpoint_url=endpoint_url)
+    store, name = _table_place(path, "environment", endpoint_url)
     if not name:
         raise ValueError(f"expected a path that ends in .parquet, got {os.fspath(path)!r}")
     store.write(name, _to_parquet(table))
@@ -794,31 +1612,74 @@ def write_table(
 def read_table(
     path: str | os.PathLike,  # as given to `write_table`
     *,
-    anon: bool = False,  # as in `Archive`
+    credentials: str = "environment",  # as in `Store`
     endpoint_url: str | None = None,  # as in `Archive`
 ) -> pd.DataFrame:  # the table
     "Load a table from one Parquet file."
-    store, name = _table_place(path, anon=anon, endpoint_url=endpoint_url)
+    store, name = _table_place(path, credentials, endpoint_url)
     if not name:
         raise ValueError(f"expected a path that ends in .parquet, got {os.fspath(path)!r}")
     return pd.read_parquet(io.BytesIO(store.read(name)))
 
 
-def _to_parquet(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+_LISTED = b"gp2vec.listed"  # name of what was listed, in the metadata of a Parquet file
+
+
+def _to_parquet(table: pd.DataFrame, listed: Sequence[dict] = ()) -> bytes:
+    buffer, arrow = io.BytesIO(), pa.Table.from_pandas(table, preserve_index=False)
+    if listed:
+        arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {_LISTED: json.dumps(listed).encode()})
+    pq.write_table(arrow, buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _table_place(path: str | os.PathLike, anon: bool, endpoint_url: str | None) -> tuple[Store, str]:
+def _table_place(path: str | os.PathLike, credentials: str, endpoint_url: str | None) -> tuple[Store, str]:
     "The store of a table and the key of its one file; an empty key for a folder."
     path = os.fspath(path)
     folder, _, name = path.rpartition("/")
     if name and not name.endswith(".parquet"):
         raise ValueError(f"expected a path that ends in .parquet (one file) or / (a folder), got {path!r}")
-    return Store(folder or ("/" if path.startswith("/") else "."), anon=anon, endpoint_url=endpoint_url), name
+    place = folder or ("/" if path.startswith("/") else ".")
+    return Store(place, credentials=credentials, endpoint_url=endpoint_url), name
 
-# %% ../../nbs/01_data.archive.ipynb #01-054
+# %% ../../nbs/01_data.archive.ipynb #01-093
+_PARTS_FILE = "_manifest.json"
+
+
+def _save_manifest(table: pd.DataFrame, store: Store, name: str, listed: Sequence[dict] = ()) -> None:
+    if name:
+        return store.write(name, _to_parquet(table, listed))
+    years, parts, there = pd.to_datetime(table["starttime"]).dt.year, set(), set(store.find("network="))
+    for (network, year), part in table.groupby([table["network"], years]):
+        data = _to_parquet(part.drop(columns="network"))  # the folder tells it
+        parts.add(key := f"network={network}/year={year}/{hashlib.sha256(data).hexdigest()[:16]}.parquet")
+        if key not in there:
+            store.write(key, data)
+    store.write(_PARTS_FILE, json.dumps({"parts": sorted(parts), "listed": list(listed)}).encode())
+    for stale in there - parts:
+        store.remove(stale)
+
+
+def _load_manifest(store: Store, name: str) -> tuple[pd.DataFrame, list[dict]]:
+    "A manifest, and what was listed to make it; a `FileNotFoundError` where there is none."
+    if name:
+        data = io.BytesIO(store.read(name))
+        listed = json.loads((pq.read_schema(data).metadata or {}).get(_LISTED, b"[]"))
+        return as_manifest(pd.read_parquet(data)), listed
+    for last in (False, True):
+        told = json.loads(store.read(_PARTS_FILE))
+        try:
+            parts = [
+                pd.read_parquet(io.BytesIO(store.read(key))).assign(network=key.split("/")[0].removeprefix("network="))
+                for key in told["parts"]
+            ]
+            return as_manifest(pd.concat(parts) if parts else []), told["listed"]
+        except FileNotFoundError:  # written anew while we read
+            if last:
+                raise
+    raise AssertionError
+
+# %% ../../nbs/01_data.archive.ipynb #01-094
 def write_manifest(
     table: pd.DataFrame,  # manifest
     path: str | os.PathLike,  # `….parquet`: one file; `…/`: a file per network and year; on S3 or in a folder
@@ -826,32 +1687,119 @@ def write_manifest(
     endpoint_url: str | None = None,  # as in `Archive`
 ) -> None:
     "Save a manifest; what was there is replaced."
-    table = as_manifest(table)
-    store, name = _table_place(path, anon=False, endpoint_url=endpoint_url)
-    if name:
-        return store.write(name, _to_parquet(table))
-    years, parts = pd.to_datetime(table["starttime"]).dt.year, set()
-    for (network, year), part in table.groupby([table["network"], years]):
-        parts.add(key := f"network={network}/year={year}/manifest.parquet")
-        store.write(key, _to_parquet(part))
-    for stale in set(store.find("network=")) - parts:
-        store.fs.rm_file(store.path(stale))
+    _save_manifest(as_manifest(table), *_table_place(path, "environment", endpoint_url))
 
 
 def read_manifest(
     path: str | os.PathLike,  # as given to `write_manifest`
     *,
-    anon: bool = False,  # as in `Archive`
+    credentials: str = "environment",  # as in `Store`
     endpoint_url: str | None = None,  # as in `Archive`
 ) -> pd.DataFrame:  # manifest
     "Load a manifest."
-    store, name = _table_place(path, anon=anon, endpoint_url=endpoint_url)
-    if name:
-        return as_manifest(read_table(path, anon=anon, endpoint_url=endpoint_url))
-    keys = [key for key in store.find("network=") if key.endswith(".parquet")]
-    if not keys and not store.fs.exists(store.path("").rstrip("/")):
-        raise FileNotFoundError(
-            f"{path}: expected a folder of manifest files, got nothing; write one with write_manifest"
-        )
-    parts = [pd.read_parquet(io.BytesIO(store.read(key)), partitioning=None) for key in keys]
-    return as_manifest(pd.concat(parts) if parts else [])
+    try:
+        return _load_manifest(*_table_place(path, credentials, endpoint_url))[0]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: expected a manifest, got nothing; write one with write_manifest") from error
+
+# %% ../../nbs/01_data.archive.ipynb #01-097
+_SETTLED = 7 * DAY
+
+
+def _question(archive: Archive, wish: _Wish) -> dict[str, Any]:
+    "What is asked, and until when the answer holds for good."
+    settled = time.time_ns() // DAY * DAY - _SETTLED
+    end = min(settled, -(-wish.end // DAY) * DAY) if wish.end is not None else settled
+    start = wish.start // DAY * DAY if wish.start is not None else -_EVER
+    place = {"url": archive.url(archive.prefix), "layout": archive.layout.template}
+    codes = {"networks": wish.networks, "stations": wish.stations, "channels": wish.channels}
+    return place | codes | {"start": start, "end": end}
+
+
+def _applies(entry: dict, question: dict) -> bool:
+    "Whether what was listed before is part of what is asked now, apart from networks and days."
+    same = entry["layout"] == question["layout"] and question["url"].startswith(entry["url"])
+    return same and all(_covers(entry[name], question[name]) for name in ("stations", "channels"))
+
+
+def _and(listed: list[dict], question: dict) -> list[dict]:
+    "What was listed, with one more answer; answers for the same codes that touch become one."
+    if question["start"] >= question["end"]:
+        return listed
+    apart, times = [], ("start", "end")
+    for entry in listed:
+        same = all(entry[name] == question[name] for name in question if name not in times)
+        if same and entry["start"] <= question["end"] and question["start"] <= entry["end"]:
+            question = question | {"start": min(entry["start"], question["start"])}
+            question = question | {"end": max(entry["end"], question["end"])}
+        else:
+            apart.append(entry)
+    return [*apart, question]
+
+# %% ../../nbs/01_data.archive.ipynb #01-098
+def _identity(table: pd.DataFrame) -> pd.Series:
+    "What an object is: where it lies, and which bytes."
+    return table["url"] + "|" + table["byte_size"].astype("string") + "|" + table["etag"].fillna("")
+
+
+def _wanted(table: pd.DataFrame, archive: Archive, wish: _Wish) -> np.ndarray:
+    "Which rows are of an archive and of what is wanted of it."
+    fits = table["url"].str.startswith(archive.url(archive.prefix)).to_numpy(bool)
+    for field in ("network", "station", "channel"):
+        codes = {code: pd.isna(code) or _fits(code, wish.codes(field)) for code in table[field].unique()}
+        fits &= table[field].map(codes).to_numpy(bool)
+    late = table["endtime"] > wish.start if wish.start is not None else True
+    return fits & np.asarray(late) & np.asarray(table["starttime"] < wish.end if wish.end is not None else True)
+
+
+def _merge(old: pd.DataFrame, new: pd.DataFrame, archive: Archive, wish: _Wish, refine: bool) -> tuple:
+    "The rows of a manifest that stay, and those that are new or to be refined."
+    changed = old["url"].isin(new["url"]) & ~_identity(old).isin(_identity(new))
+    old = old[~changed.to_numpy(bool)]
+    wanted, unrefined = _wanted(old, archive, wish), old["sampling_rate"].isna().to_numpy(bool)
+    known = old[wanted & ~unrefined] if refine else old
+    fresh = new[~_identity(new).isin(_identity(known)).to_numpy(bool)]
+    if not refine:
+        return old, fresh
+    again = old[wanted & unrefined]
+    fresh = pd.concat([fresh, again[~again["url"].isin(fresh["url"])]])
+    return old[~(wanted & unrefined)], fresh
+
+
+def _joined(kept: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
+    "One manifest of both: of an object's versions the highest, of a channel's rows one."
+    table = as_manifest(pd.concat([kept, fresh], ignore_index=True))
+    table = table.drop_duplicates(["url", "network", "station", "location", "channel"], keep="last")
+    best = table["version"].groupby(table["url"].str.replace(r"#\d+$", "", regex=True)).transform("max")
+    return table[(table["version"].isna() | (table["version"] == best)).to_numpy(bool)].reset_index(drop=True)
+
+# %% ../../nbs/01_data.archive.ipynb #01-099
+def extend_manifest(
+    path: str | os.PathLike,  # manifest, as given to `write_manifest`; made where there is none
+    archive: Archive | str | os.PathLike,  # archive or its URL
+    networks: str | Sequence[str] = (),  # as in the archive's `list`
+    stations: str | Sequence[str] = (),  # as in the archive's `list`
+    channels: str | Sequence[str] = (),  # as in the archive's `list`
+    start: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
+    end: str | int | obspy.UTCDateTime | None = None,  # as in the archive's `list`
+    refine: bool = False,  # look at the headers of what is new
+    *,
+    endpoint_url: str | None = None,  # of the manifest, as in `Archive`
+    progress: Callable[[int, int], object] | None = None,  # as in `build_manifest`
+) -> pd.DataFrame:  # the whole manifest, as it is saved
+    "Add to a saved manifest what an archive has beyond it, listing only what was not listed before."
+    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    store, name = _table_place(path, "environment", endpoint_url)
+    try:
+        table, listed = _load_manifest(store, name)
+    except FileNotFoundError:
+        table, listed = as_manifest([]), []
+    wish = _wish(networks, stations, channels, start, end)
+    question = _question(archive, wish)
+    wish = replace(wish, listed=tuple(entry for entry in listed if _applies(entry, question)))
+    kept, fresh = _merge(table, _list(archive, wish, progress), archive, wish, refine)
+    if refine:
+        fresh = refine_manifest(archive, fresh, wish.channels, progress=progress)
+    whole = _joined(kept, fresh)
+    _save_manifest(whole, store, name, _and(listed, question))
+    return whole

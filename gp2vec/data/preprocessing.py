@@ -8,23 +8,27 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import obspy
+from numba import njit
 from obspy import Stream
-from scipy import signal
+from pymseed import MiniSEEDError, MS3Record, MS3TraceList, clibmseed, ffi, get_error_messages, sourceid2nslc
+from scipy import fft, signal
 
 # %% auto #0
-__all__ = ['MAX_SPAN', 'MIN_RATE', 'MAX_RATE', 'MAX_SAMPLES_PER_BYTE', 'REASONS', 'Lookup', 'MAX_FACTOR', 'PreprocessingConfig',
-           'read_miniseed', 'Segment', 'Window', 'Reject', 'segments', 'highpass', 'resample', 'prepare', 'normalise',
-           'windows']
+__all__ = ['MAX_SPAN', 'MIN_RATE', 'MAX_RATE', 'MAX_SAMPLES_PER_BYTE', 'REASONS', 'Lookup', 'MAX_FACTOR', 'Response', 'OUTPUTS',
+           'PreprocessingConfig', 'Lost', 'Decoded', 'decode', 'read_miniseed', 'Flaw', 'Segment', 'Window', 'Reject',
+           'gap_share', 'segments', 'find_flaws', 'bandpass', 'resample', 'remove_response', 'rotation', 'prepare',
+           'Grid', 'window_grid', 'normalise_windows', 'windows']
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-008
 @dataclass(frozen=True)
@@ -34,24 +38,43 @@ class PreprocessingConfig:
     sampling_rate: float = 100.0  # rate of the windows, Hz
     window_length: float = 30.0  # length of a window, s
     overlap: float = 0.0  # share of a window that the next one repeats, 0 <= overlap < 1
-    highpass: float = 1.0  # corner of the causal high-pass, Hz; 0 leaves it out
-    highpass_order: int = 4  # poles of the high-pass, 2 to 4
+    highpass: float = 1.0  # corner of the high-pass, Hz; 0 leaves it out
+    lowpass: float = 0.0  # corner of the low-pass, Hz; 0 leaves it out
+    filter_order: int = 4  # poles of each, 2 to 4
+    phase: str = "causal"  # of filters and resampler: 'causal' (minimum phase), or 'zero', which looks ahead
+    detrend: str = "constant"  # taken off a segment first: its mean ('constant'), its 'linear' trend, or 'none'
+    taper: float = 0.0  # cosine at either end of a segment, s
+    output: str = ""  # 'DISP', 'VEL' or 'ACC' divides by the whole response; '' by the gain where it is known
+    pre_filt: tuple[float, ...] = ()  # band in which to divide by the response: four rising frequencies, Hz
+    rotate: bool = True  # turn components to Z, N, E where the station table says where they point
     min_native_rate: float = 20.0  # slower recordings are rejected, Hz
-    max_flat: float = 0.1  # longest constant run of a living component, share of a window
-    max_clipped: float = 0.01  # samples at the window's extreme value, share of a window
+    flat_run: float = 1.0  # a component that stays constant for as long is flat there, s
+    max_flat: float = 0.1  # a component is dead in a window of which this share is flat
+    max_clipped: float = 0.01  # share of a window that may be clipped
+    max_gaps: float = 1.0  # share of an instrument's time, from first to last sample, that may be missing
     max_windows: int = 0  # windows kept of one station and day, evenly spread; 0: all
 
     def __post_init__(self):
-        nyquist = min(self.sampling_rate, self.min_native_rate) / 2
+        object.__setattr__(self, "pre_filt", tuple(map(float, self.pre_filt)))  # lists come from files
+        nyquist, band = min(self.sampling_rate, self.min_native_rate) / 2, self.pre_filt
+        rising = len(band) == 4 and 0 <= band[0] < band[1] <= band[2] < band[3]
         for name, good, expected in [
             ("sampling_rate", 0 < self.sampling_rate <= 5000, "in (0, 5000] Hz"),
-            ("window_length", 2 <= self.window_length * self.sampling_rate <= 2**24, "2 to 2**24 samples long"),
+            ("window_length", 10 <= self.window_length * self.sampling_rate <= 2**24, "10 to 2**24 samples long"),
             ("overlap", 0 <= self.overlap < 1, "in [0, 1)"),
             ("min_native_rate", self.min_native_rate > 0, "above 0 Hz"),
             ("highpass", 0 <= self.highpass < nyquist, f"below the lowest Nyquist frequency, {nyquist:g} Hz"),
-            ("highpass_order", self.highpass_order in (2, 3, 4), "2, 3 or 4"),
+            ("lowpass", self.lowpass == 0 or self.highpass < self.lowpass, "0 or above highpass"),
+            ("filter_order", self.filter_order in (2, 3, 4), "2, 3 or 4"),
+            ("phase", self.phase in ("causal", "zero"), "'causal' or 'zero'"),
+            ("detrend", self.detrend in ("constant", "linear", "none"), "'constant', 'linear' or 'none'"),
+            ("taper", 0 <= self.taper < math.inf, "0 s or more"),
+            ("output", self.output in ("", "DISP", "VEL", "ACC"), "'DISP', 'VEL', 'ACC' or ''"),
+            ("pre_filt", rising if self.output else not band or rising, "four rising frequencies where output is set"),
+            ("flat_run", 0 < self.flat_run <= self.window_length, "above 0 s and up to window_length"),
             ("max_flat", 0 < self.max_flat <= 1, "in (0, 1]"),
             ("max_clipped", 0 < self.max_clipped <= 1, "in (0, 1]"),
+            ("max_gaps", 0 <= self.max_gaps <= 1, "in [0, 1]"),
             ("max_windows", self.max_windows >= 0, "0 or more"),
         ]:
             if not good:
@@ -68,68 +91,243 @@ class PreprocessingConfig:
         return max(1, round(self.window_samples * (1 - self.overlap)))
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-012
-MAX_SPAN = 3 * 86400.0  # longest time between the first and last sample of an object, s
-MIN_RATE, MAX_RATE = 0.01, 5000.0  # sampling rates that exist, Hz
+MAX_SPAN = 366 * 86400.0  # longest time between the first and last sample of an object, s
+MIN_RATE, MAX_RATE = 0.001, 5000.0  # sampling rates that exist, Hz
 MAX_SAMPLES_PER_BYTE = 4  # Steim-2 packs at most 105 samples into 64 bytes; a claim far beyond that is damage
 
 
-def _decode(data: bytes, headonly: bool) -> Stream:
-    """Run ObsPy's miniSEED reader; whatever it raises becomes one `ValueError`."""
+class Lost(NamedTuple):
+    """Bytes of an object that gave no samples."""
+
+    reason: str  # one of `REASONS`
+    offset: int  # first byte
+    length: int  # bytes
+    detail: str  # what the decoder said
+
+
+@dataclass(eq=False)
+class Decoded:
+    """What an object holds."""
+
+    stream: Stream  # in counts as recorded, in order of id and time
+    lost: tuple[Lost, ...] = ()  # what could not be used
+
+
+class _DamageError(Exception):
+    """A reason of `REASONS` and what the decoder said."""
+
+    def __init__(self, reason: str, detail: object):
+        super().__init__(reason)
+        self.reason, self.detail = reason, " ".join(str(detail).split())[:200]
+
+
+def _plausible(rate: float, start: int, end: int, window: tuple[int, int]) -> None:
+    """Refuse rates that do not exist and times outside of `window`, UTC ns."""
+    if rate and not MIN_RATE <= rate <= MAX_RATE:  # 0 Hz is how text channels are written
+        raise _DamageError("damaged", f"expected {MIN_RATE:g}..{MAX_RATE:g} Hz, got {rate:g} Hz")
+    if not window[0] <= start <= end <= window[1]:
+        first, last, begin = (obspy.UTCDateTime(ns=int(t)) for t in (*window, start))
+        raise _DamageError("time", f"expected times from {first} to {last}, got {begin}")
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-014
+def _trace(codes: tuple[str, str, str, str], rate: float, start: int, data: np.ndarray) -> obspy.Trace:
+    names = dict(zip(("network", "station", "location", "channel"), codes, strict=True))
+    return obspy.Trace(data, {**names, "sampling_rate": rate, "starttime": obspy.UTCDateTime(ns=start)})
+
+
+def _codes(source: str) -> tuple[str, str, str, str]:
+    """Network, station, location and channel of an FDSN source identifier; any other is taken for a station."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            stream = obspy.read(io.BytesIO(data), format="MSEED", headonly=headonly)
-    except Exception as error:  # libmseed raises a dozen kinds, bare Exception among them
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"expected miniSEED 2 records, got {len(data)} bytes beginning {data[:16]!r} "
-            f"({type(error).__name__}: {reason}): check the object"
-        ) from error
-    for message in caught:
-        if "integrity" in str(message.message).lower():
-            raise ValueError(f"expected intact Steim frames, got '{message.message}': fetch the object again")
-    return stream
+        network, station, location, channel = sourceid2nslc(source)
+        return network, station, location, channel if channel.strip("_") else ""
+    except ValueError:
+        return "", source, "", ""
 
 
-def _check_headers(stream: Stream, size: int) -> None:
-    """Refuse times, rates and sample counts that would ask for absurd memory."""
-    if not stream:
-        raise ValueError(f"expected miniSEED records with samples, got {size} bytes without any: check the object")
-    for trace in stream:
-        rate = trace.stats.sampling_rate
-        if rate and not MIN_RATE <= rate <= MAX_RATE:  # 0 Hz is how text channels are written
-            raise ValueError(f"expected {MIN_RATE:g}..{MAX_RATE:g} Hz, got {rate:g} Hz in {trace.id}: skip the object")
-    span = max(t.stats.endtime.ns for t in stream) - min(t.stats.starttime.ns for t in stream)
-    if span > MAX_SPAN * 1e9:
-        raise ValueError(
-            f"expected an object within {MAX_SPAN / 86400:g} days, got a span of {span / 86400e9:.1f} days "
-            f"from {min(t.stats.starttime for t in stream)}: correct its record times"
-        )
-    samples = sum(t.stats.npts for t in stream)
-    if samples > size * MAX_SAMPLES_PER_BYTE:
-        raise ValueError(
-            f"expected up to {size * MAX_SAMPLES_PER_BYTE} samples, got {samples} in {size} bytes: skip it"
-        )
+class _Lengths:
+    """Length of the record at each offset of an object."""
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-013
-def read_miniseed(
-    data: bytes,  # one whole object, miniSEED 2
-) -> Stream:  # decoded traces, in counts as recorded
-    """Decode miniSEED and nothing else; raises `ValueError` where the bytes are empty, foreign, damaged or absurd."""
+    def __init__(self, data: bytes):
+        self.size, self.whole, self.version = len(data), ffi.from_buffer(data), ffi.new("uint8_t *")
+
+    def at(self, offset: int) -> int:
+        """Bytes of the whole record that begins here; 0 where none does."""
+        left = self.size - offset
+        length = clibmseed.ms3_detect(self.whole + offset, left, self.version)
+        if length == 0 and 128 <= left <= 65536 and left & (left - 1) == 0:
+            return left  # old records do not say how long they are, and no other follows
+        return length if 0 < length <= left else 0
+
+
+def _accounted(data: bytes, count: int) -> None:
+    """Refuse an object that `count` records do not fill: libmseed says nothing of a tail that it did not read."""
+    lengths, offset, seen = _Lengths(data), 0, 0
+    if count and count * lengths.at(0) == len(data):  # records of one length, as in most archives
+        return
+    while offset < len(data):
+        length = lengths.at(offset)
+        if not length:
+            raise _DamageError("truncated", f"no whole record at byte {offset} of {len(data)}")
+        offset, seen = offset + length, seen + 1
+    if seen != count:
+        raise _DamageError("damaged", f"{seen} records, of which {count} were read")
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-015
+def _unpack(data: bytes, window: tuple[int, int] | None) -> list[obspy.Trace]:
+    """Traces of intact records; `_DamageError` where one is not, before anything is allocated where headers tell."""
+    try:
+        held = MS3TraceList.from_buffer(data, record_list=True)
+        found = [(source.sourceid, part) for source in held for part in source]
+        _accounted(data, sum(len(part.recordlist or ()) for _, part in found))
+        found = [(source, part) for source, part in found if part.samplecnt]
+        if found and window is None:
+            begin = min(part.starttime for _, part in found)
+            window = begin, begin + round(MAX_SPAN * 1e9)
+        for _, part in found:
+            _plausible(part.samprate, part.starttime, part.endtime, window or (0, 0))
+        claimed = sum(part.samplecnt for _, part in found)
+        if claimed > len(data) * MAX_SAMPLES_PER_BYTE:
+            raise _DamageError("damaged", f"{claimed} samples claimed in {len(data)} bytes")
+        out = []
+        for source, part in found:
+            samples = part.create_numpy_array_from_recordlist()
+            for message in get_error_messages():
+                if "integrity" in message:
+                    raise _DamageError("integrity", message)
+            out.append(_trace(_codes(source), part.samprate, part.starttime, samples))
+        return out
+    except (MiniSEEDError, ValueError) as error:
+        raise _DamageError("damaged", error) from error
+
+
+def _unpack_with_obspy(data: bytes, window: tuple[int, int]) -> list[obspy.Trace]:
+    """Traces of one record of a dialect that libmseed refuses; `_DamageError` where ObsPy refuses it too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("error", message="(?is).*integrity")  # it warns where it should refuse
+            head = obspy.read(io.BytesIO(data), format="MSEED", headonly=True)
+            for trace in head:
+                _plausible(trace.stats.sampling_rate, trace.stats.starttime.ns, trace.stats.endtime.ns, window)
+            if sum(trace.stats.npts for trace in head) > len(data) * MAX_SAMPLES_PER_BYTE:
+                raise _DamageError("damaged", "more samples claimed than the bytes can hold")
+            return [t for t in obspy.read(io.BytesIO(data), format="MSEED") if t.stats.npts]
+    except _DamageError:
+        raise
+    except Exception as error:  # it raises a dozen kinds, bare Exception among them
+        raise _DamageError("damaged", error) from error
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-017
+_HEADER = re.compile(rb"[0-9 \x00]{6}[DRQM][ \x00]|MS\x03")
+
+
+def _records(data: bytes) -> tuple[list[tuple[int, int]], list[Lost]]:
+    """Offset and length of each record; the bytes between records."""
+    records: list[tuple[int, int]] = []
+    lost: list[Lost] = []
+    lengths, end, offset = _Lengths(data), 0, 0
+    while (match := _HEADER.search(data, offset)) is not None:
+        start, length = match.start(), lengths.at(match.start())
+        offset = start + (length or 1)
+        if length:
+            if start > end:
+                lost.append(Lost("foreign", end, start - end, "no miniSEED record"))
+            records.append((start, length))
+            end = offset
+    if end < len(data):
+        tail = _HEADER.match(data, end) is not None
+        lost.append(Lost("truncated" if tail else "foreign", end, len(data) - end, "no whole miniSEED record"))
+    return records, lost
+
+
+def _start(record: bytes) -> int | None:
+    """Start time of a record by its header, UTC ns."""
+    try:
+        return MS3Record.parse(record).starttime
+    except (MiniSEEDError, ValueError):
+        return None
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-018
+def _sort_out(data: bytes, records: Sequence[tuple[int, int]], window: tuple[int, int], lost: list[Lost]):
+    """Records that libmseed decodes, and the traces of those that only ObsPy does; the others go to `lost`."""
+    try:
+        _unpack(b"".join(data[a : a + n] for a, n in records), window)
+        return list(records), []
+    except _DamageError as error:
+        if len(records) > 1:
+            half = len(records) // 2
+            good, traces = _sort_out(data, records[:half], window, lost)
+            more, others = _sort_out(data, records[half:], window, lost)
+            return good + more, traces + others
+        offset, length = records[0]
+        if error.reason == "damaged":
+            try:
+                return [], _unpack_with_obspy(data[offset : offset + length], window)
+            except _DamageError:
+                pass
+        lost.append(Lost(error.reason, offset, length, error.detail))
+        return [], []
+
+
+def _salvage(data: bytes, window: tuple[int, int] | None) -> Decoded:
+    """What can be had of an object that is not intact."""
+    records, lost = _records(data)
+    starts = [time for time in (_start(data[a : a + n]) for a, n in records) if time is not None]
+    if window is None:
+        middle, reach = int(np.median(starts)) if starts else 0, round(MAX_SPAN * 1e9) if starts else 2**62
+        window = middle - reach, middle + reach
+    good, traces = _sort_out(data, records, window, lost) if records else ([], [])
+    if good:
+        try:
+            traces += _unpack(b"".join(data[a : a + n] for a, n in good), window)
+        except _DamageError:  # good one by one, but of kinds that cannot be joined
+            traces += [trace for a, n in good for trace in _unpack(data[a : a + n], window)]
+    ordered = sorted(traces, key=lambda trace: (trace.id, trace.stats.starttime.ns))
+    return Decoded(Stream(ordered), tuple(sorted(lost, key=lambda item: item.offset)))
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-019
+def decode(
+    data: bytes,  # one whole object, miniSEED 2 or 3
+    window: tuple[int, int] | None = None,  # when its samples may lie, UTC ns; None: within `MAX_SPAN` of each other
+) -> Decoded:  # what is intact, and what is not with a reason
+    """Decode miniSEED and nothing else; of a damaged object, whatever is intact."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise ValueError(f"expected the bytes of a miniSEED object, got {type(data).__name__}: read the file first")
     data = bytes(data)
-    if not data:
-        raise ValueError("expected the bytes of a miniSEED object, got none: check the object's size")
-    _check_headers(_decode(data, headonly=True), len(data))
-    stream = _decode(data, headonly=False)
-    _check_headers(stream, len(data))
-    return stream
+    try:
+        return Decoded(Stream(_unpack(data, window)))
+    except _DamageError:
+        return _salvage(data, window)
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-017
+
+def read_miniseed(
+    data: bytes,  # one whole object, miniSEED 2 or 3
+) -> Stream:  # decoded traces, in counts as recorded
+    """`decode` for those who want the traces: warns of what was lost, raises `ValueError` where nothing is left."""
+    decoded = decode(data)
+    lost = "; ".join(f"{a.length} bytes at {a.offset}: {a.reason} ({a.detail})" for a in decoded.lost[:3])
+    if not decoded.stream:
+        raise ValueError(
+            f"expected miniSEED records with samples, got {len(data)} bytes beginning {bytes(data[:16])!r} "
+            f"without any{f' ({lost})' if lost else ''}: check the object"
+        )
+    if decoded.lost:
+        warnings.warn(f"{len(decoded.lost)} parts of {len(data)} bytes were lost: {lost}", stacklevel=2)
+    return decoded.stream
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-026
+class Flaw(NamedTuple):
+    """Samples of one component that are not what the ground did."""
+
+    row: int  # 0, 1 or 2: Z, N or E
+    start: int  # first sample
+    stop: int  # sample after the last
+    reason: str  # one of `REASONS`
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-027
 @dataclass(eq=False)
 class Segment:
-    """A gap-free stretch of one instrument, in the order Z, N, E."""
+    """A gap-free stretch of one instrument, in the order Z, N, E: as recorded, or prepared."""
 
     network: str  # SEED network code
     station: str  # SEED station code
@@ -137,11 +335,14 @@ class Segment:
     band: str  # band and instrument code, the first two letters of the channel
     starttime: int  # time of the first sample, UTC ns
     sampling_rate: float  # Hz
-    data: np.ndarray  # samples, (3, N) float64, in `units`
+    data: np.ndarray  # samples, (3, N): int32 or float64 counts as recorded; float32 in `units` once prepared
     component_mask: np.ndarray  # which components are real, (3,) bool
     channels: tuple[str, str, str] = ("", "", "")  # channel codes behind Z, N, E; '' where none
-    units: str = "counts"  # 'counts', or the sensor's input units such as 'm/s'
+    units: str = "counts"  # of `data / gains`: 'counts', or the sensor's input units such as 'm/s'
     native_rate: float = 0.0  # rate of the recording before resampling, Hz
+    gains: tuple[float, float, float] = (1.0, 1.0, 1.0)  # counts per unit, not yet divided out of `data`
+    orientations: tuple[tuple[float, float] | None, ...] | None = None  # azimuth and dip of Z, N, E; None: not known
+    flaws: tuple[Flaw, ...] = ()  # what is wrong with it, sorted; filled by `prepare`
 
     @property
     def id(self) -> str:
@@ -153,7 +354,7 @@ class Segment:
         """Length in seconds."""
         return self.data.shape[1] / self.sampling_rate
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-018
+# %% ../../nbs/03_data.preprocessing.ipynb #03-028
 @dataclass(eq=False)
 class Window:
     """A normalised window, ready for a model."""
@@ -194,16 +395,25 @@ class Reject:
 REASONS = {
     "short": "a stretch, or the tail of one, that does not fill a window",
     "flat": "no component moves: dead, or constant for too long",
-    "clipped": "a component sits at its extreme value for too long",
+    "clipped": "a component sits at flat tops for too long",
+    "spike": "a sample far off its neighbours",
+    "step": "a sudden offset that stays",
+    "response": "no response is known for a component",
+    "gaps": "an instrument of which too much is missing",
     "non-finite": "NaN or infinity among the samples",
     "overlap": "a second record of the same time disagrees with the first",
     "component": "not a seismometer's Z, N, E, 1, 2 or 3, or a second channel of the same direction",
     "rate": "recorded too slowly, or at a rate that cannot be turned into the window's",
+    "damaged": "a record that cannot be decoded, or claims what cannot be",
+    "integrity": "a record that disagrees with its own check",
+    "truncated": "a record that is cut off",
+    "foreign": "bytes that are no miniSEED",
+    "time": "a record dated far from all others, or from where it was listed",
     "encoding": "text or other samples that are not numbers",
     "surplus": "a good window beyond `max_windows`",
 }
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-020
+# %% ../../nbs/03_data.preprocessing.ipynb #03-030
 _Piece = tuple[int, int, np.ndarray]  # first sample, sample after the last (both on the grid), samples
 _ROWS = {"Z": 0, "N": 1, "1": 1, "E": 2, "2": 2, "3": 0}
 
@@ -236,7 +446,7 @@ def _disjoint(pieces: list[_Piece]) -> tuple[list[_Piece], list[tuple[int, int]]
             kept.append((begin, stop, data[begin - start :]))
     return kept, conflicts
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-024
+# %% ../../nbs/03_data.preprocessing.ipynb #03-034
 def _stretches(
     rows: Sequence[list[_Piece]],  # disjoint sorted pieces of Z, N, E
     cuts: Sequence[int] = (),  # samples at which to cut whatever happens
@@ -264,8 +474,9 @@ def _stretches(
 
 
 def _fill(rows: Sequence[list[_Piece]], start: int, stop: int, mask: Sequence[bool]) -> np.ndarray:
-    """Copy the pieces between two samples into one float64 array, (3, N)."""
-    out = np.zeros((3, stop - start))
+    """Copy the pieces between two samples into one array, (3, N), int32 where that holds them and float64 elsewhere."""
+    whole = all(np.can_cast(data.dtype, np.int32) for pieces in rows for *_, data in pieces)
+    out = np.zeros((3, stop - start), dtype=np.int32 if whole else np.float64)
     for row, pieces in enumerate(rows):
         first = max(0, bisect_right(pieces, start, key=lambda piece: piece[0]) - 1)
         for a, b, data in pieces[first:] if mask[row] else ():
@@ -276,7 +487,7 @@ def _fill(rows: Sequence[list[_Piece]], start: int, stop: int, mask: Sequence[bo
                 out[row, lo - start : hi - start] = data[lo - a : hi - a]
     return out
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-028
+# %% ../../nbs/03_data.preprocessing.ipynb #03-038
 Lookup = Callable[[str, str, str, str, int], Mapping[str, Any] | None]  # network station location channel ns -> epoch
 
 
@@ -295,20 +506,32 @@ def _epoch_edges(lookup: Lookup | None, codes: tuple[str, str, str, str], start:
     return edges
 
 
+def _orientations(lookup: Lookup | None, codes: tuple[str, str, str], channels: Sequence[str], time: int):
+    """Azimuth and dip of the real components, None for the others; None where any is unknown."""
+    out: list[tuple[float, float] | None] = []
+    for channel in channels:
+        epoch = lookup(*codes, channel, time) if lookup and channel else None
+        azimuth, dip = (epoch.get(name) if epoch else None for name in ("azimuth", "dip"))
+        if channel and (azimuth is None or dip is None or not math.isfinite(azimuth + dip)):
+            return None
+        out.append((float(azimuth), float(dip)) if channel and azimuth is not None and dip is not None else None)
+    return tuple(out)
+
+
 def _gains(lookup: Lookup | None, codes: tuple[str, str, str], channels: Sequence[str], time: int):
-    """Gains of the real components, (3, 1), and their common unit; ones and 'counts' where any is unknown."""
-    gains, units = np.ones((3, 1)), set()
+    """Gains of the real components and their common unit; ones and 'counts' where any is unknown."""
+    gains, units = [1.0, 1.0, 1.0], set()
     for row, channel in enumerate(channels):
         epoch = lookup(*codes, channel, time) if lookup and channel else None
         if channel:
             gain = float(epoch.get("gain") or math.nan) if epoch else math.nan
             gains[row] = gain if math.isfinite(gain) else math.nan
             units.add(str(epoch.get("input_units") or "").lower() if epoch else "")
-    if np.isnan(gains).any() or len(units) != 1 or units & {"", "counts", "nan", "none"}:
-        return np.ones((3, 1)), "counts"
-    return gains, units.pop()
+    if any(map(math.isnan, gains)) or len(units) != 1 or units & {"", "counts", "nan", "none"}:
+        return (1.0, 1.0, 1.0), "counts"
+    return tuple(gains), units.pop()
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-030
+# %% ../../nbs/03_data.preprocessing.ipynb #03-040
 def _only(channels: Sequence[str], mask: Sequence[bool]) -> tuple[str, str, str]:
     """The codes of the real components, '' for the others."""
     z, n, e = (code if real else "" for code, real in zip(channels, mask, strict=True))
@@ -351,18 +574,33 @@ def _instrument(key: tuple, traces: list, lookup: Lookup | None) -> tuple[list[S
         time, real = origin + round(a * 1e9 / rate), _only(channels, mask)
         gains, units = _gains(lookup, codes, real, time)
         data = _fill(rows, a, b, mask)
-        if units != "counts":
-            data /= gains
-        out.append(Segment(*codes, band, time, rate, data, np.array(mask), real, units, rate))
+        points = _orientations(lookup, codes, real, time)
+        out.append(Segment(*codes, band, time, rate, data, np.array(mask), real, units, rate, gains, points))
     return out, rejects
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-031
+# %% ../../nbs/03_data.preprocessing.ipynb #03-041
+def _reject(reason: str, part: Segment, time: int, seconds: float) -> Reject:
+    """A stretch of a segment that is not used."""
+    return Reject(reason, part.network, part.station, part.location, part.band, time, seconds)
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-042
+def gap_share(
+    parts: Sequence[Segment],  # segments of one instrument
+) -> float:  # share of the time from the first sample to the last that no segment covers
+    """How much is missing between the segments of an instrument."""
+    if not parts:
+        return 0.0
+    first = min(part.starttime for part in parts)
+    last = max(part.starttime + part.duration * 1e9 for part in parts)
+    return max(0.0, 1 - sum(part.duration for part in parts) * 1e9 / (last - first))
+
+
 def segments(
     stream: Stream,  # traces in counts, any order, gaps and overlaps allowed
     config: PreprocessingConfig | None = None,  # settings; defaults where None
     lookup: Lookup | None = None,  # (network, station, location, channel, UTC ns) -> epoch or None
 ) -> tuple[list[Segment], list[Reject]]:  # gap-free segments sorted by id and time; what was left out
-    """Cut a stream into gap-free segments, in counts, or in the sensor's units where `lookup` knows the gains."""
+    """Cut a stream into gap-free segments, in counts, with gains where `lookup` knows them."""
     config = config or PreprocessingConfig()
     groups: dict[tuple, list] = {}
     rejects = []
@@ -386,37 +624,249 @@ def segments(
     out = []
     for key in sorted(groups):
         found, lost = _instrument(key, groups[key], lookup)
+        if gap_share(found) > config.max_gaps:
+            lost += [_reject("gaps", part, part.starttime, part.duration) for part in found]
+            found = []
         out += found
         rejects += lost
     return out, rejects
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-033
+# %% ../../nbs/03_data.preprocessing.ipynb #03-044
+_LEVELS = 64.0  # digitiser steps that a flat top or a jump must stand out by
+_ISOLATED = 20.0  # times that a jump must exceed all others around it
+
+
+@njit(cache=True)
+def _digitiser_step(x, least):
+    """Smallest non-zero difference between neighbours; the search ends at one of `least`."""
+    step = np.inf
+    for i in range(len(x) - 1):
+        difference = abs(float(x[i + 1]) - float(x[i]))
+        if 0 < difference < step:
+            step = difference
+            if step <= least:
+                break
+    return step
+
+
+@njit(cache=True)
+def _added(found, count, start, stop, kind):
+    """The same rows with one more, and room for it."""
+    if count == len(found):
+        out = np.empty((2 * count, 3), np.int64)
+        out[:count] = found
+        found = out
+    found[count, 0], found[count, 1], found[count, 2] = start, stop, kind
+    return found, count + 1
+
+
+@njit(cache=True)
+def _flats(x, flat):
+    """Runs of at least `flat` equal samples of one component: (start, stop, 0)."""
+    found, count, stride, stop = np.empty((16, 3), np.int64), 0, flat // 2, 0
+    for at in range(0, len(x) - stride, stride):  # no such run slips between two of these
+        if at < stop or x[at] != x[at + stride]:
+            continue
+        start, stop = at, at + 1
+        while start > 0 and x[start - 1] == x[at]:
+            start -= 1
+        while stop < len(x) and x[stop] == x[at]:
+            stop += 1
+        if stop - start >= flat:
+            found, count = _added(found, count, start, stop, 0)
+    return found[:count]
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-045
+@njit(cache=True)
+def _tops(x, flat, edge):
+    """Flat tops of 2 to `flat` - 1 samples of one component: (start, stop, 1)."""
+    found, count, stop, n = np.empty((16, 3), np.int64), 0, 0, len(x)
+    for first in range(1, n, 64):
+        last, same = min(first + 64, n), 0
+        here, before = x[first:last], x[first - 1 : last - 1]
+        for i in range(len(here)):  # the processor compares many at a time; most blocks hold no equal pair
+            same += here[i] == before[i]
+        for i in range(first, last if same else first):
+            if i < stop or x[i] != x[i - 1]:
+                continue
+            start, stop = i - 1, i + 1
+            while stop < n and x[stop] == x[start]:
+                stop += 1
+            left = float(x[start]) - float(x[start - 1]) if start else np.nan  # at an end only the other side counts
+            right = float(x[start]) - float(x[stop]) if stop < n else np.nan
+            enough = edge / (stop - start - 1)
+            top = not (left < enough or right < enough) or not (left > -enough or right > -enough)
+            if top and stop - start < flat:
+                found, count = _added(found, count, start, stop, 1)
+    return found[:count]
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-046
+@njit(cache=True)
+def _alone(x, i, reach, size):
+    """Whether no jump within `reach` of jump i, its two neighbours excepted, comes near `size`."""
+    for j in range(max(0, i - reach), min(len(x) - 1, i + reach + 1)):
+        if abs(j - i) > 1 and abs(float(x[j + 1]) - float(x[j])) * _ISOLATED > size:
+            return False
+    return True
+
+
+@njit(cache=True)
+def _jump_kind(x, i, reach, size):
+    """2 where a lone jump i begins a spike, 3 where it is a step, else 0."""
+    if i + 2 < len(x) and abs(float(x[i + 2]) - float(x[i])) * _ISOLATED <= size:
+        return 2
+    before = np.median(x[max(0, i + 1 - reach) : i + 1].astype(np.float64))
+    after = np.median(x[i + 1 : i + 1 + reach].astype(np.float64))
+    return 3 if 2 * abs(after - before) >= size else 0
+
+
+@njit(cache=True, fastmath={"reassoc", "contract", "nsz", "nnan", "ninf"})
+def _jump_sizes(x):
+    """Largest jump of a few samples, and the sum of all."""
+    here, after, largest, total = x[:-1], x[1:], 0.0, 0.0
+    for i in range(len(here)):
+        size = abs(float(after[i]) - float(here[i]))
+        largest, total = max(largest, size), total + size
+    return largest, total
+
+
+@njit(cache=True)
+def _jumps(x, reach, edge):
+    """Spikes (kind 2) and steps (kind 3) of one component: (start, stop, kind)."""
+    found, count = np.empty((16, 3), np.int64), 0
+    for first in range(0, len(x) - 1, reach):
+        last = min(first + reach, len(x) - 1)
+        largest, total = _jump_sizes(x[first : last + 1])
+        # Where one stands out, the others add up to little: itself, two neighbours, and the rest a twentieth each.
+        if largest < edge or total > (3.01 + reach / _ISOLATED) * largest:
+            continue
+        for i in range(first, last):
+            size = abs(float(x[i + 1]) - float(x[i]))
+            if size >= edge and _alone(x, i, reach, size):
+                kind = _jump_kind(x, i, reach, size)
+                if kind:
+                    found, count = _added(found, count, i + 1 if kind == 2 else i, i + 2, kind)
+    return found[:count]
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-047
+def _joined_tops(x: np.ndarray, found: np.ndarray, rate: float) -> list[tuple[int, int, int]]:
+    """Flat tops without the pairs that are alone at their value, and in stretches."""
+    if not len(found):
+        return []
+    start, stop = found[:, 0], found[:, 1]
+    order = np.lexsort((start, x[start]))
+    near = (np.diff(x[start[order]]) == 0) & (np.diff(start[order]) < rate)
+    company = np.zeros(len(found), dtype=bool)
+    company[order[1:][near]] = company[order[:-1][near]] = True
+    out: list[tuple[int, int, int]] = []
+    for a, b in found[company | (stop - start > 2), :2].tolist():
+        if out and a - out[-1][1] < 0.1 * rate:
+            out[-1] = (out[-1][0], b, 1)
+        else:
+            out.append((a, b, 1))
+    return out
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-048
+def find_flaws(
+    segment: Segment,  # as recorded
+    config: PreprocessingConfig | None = None,  # settings; defaults where None
+) -> tuple[Flaw, ...]:  # flat, clipped, spike and step, sorted; in samples of the recording
+    """List the samples that are not what the ground did, by rules that know nothing of windows."""
+    config = config or PreprocessingConfig()
+    rate, names = segment.sampling_rate, ("flat", "clipped", "spike", "step")
+    flat, reach = max(10, math.ceil(config.flat_run * rate)), max(10, round(0.25 * rate))
+    out: list[Flaw] = []
+    for row in np.flatnonzero(segment.component_mask):
+        x = segment.data[row]
+        edge = _LEVELS * _digitiser_step(x, 1.0 if x.dtype.kind in "iu" else 0.0)
+        tops = _joined_tops(x, _tops(x, flat, edge), rate)
+        rows = [*_flats(x, flat).tolist(), *tops, *_jumps(x, reach, edge).tolist()]
+        out += [Flaw(int(row), start, stop, names[kind]) for start, stop, kind in rows]
+    return tuple(sorted(out))
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-053
+@njit(cache=True, fastmath={"contract"})
+def _two_sections(x, sections, state):
+    """Filter three rows in place with two second-order sections; `state` (2, 2, 3) goes on from block to block."""
+    (b0, b1, b2, _, a1, a2), (d0, d1, d2, _, c1, c2) = sections[0], sections[1]
+    (p0, p1, p2), (q0, q1, q2) = state[0, 0], state[0, 1]
+    (r0, r1, r2), (s0, s1, s2) = state[1, 0], state[1, 1]
+    for i in range(x.shape[1]):
+        u0, u1, u2 = x[0, i], x[1, i], x[2, i]
+        v0, v1, v2 = b0 * u0 + p0, b0 * u1 + p1, b0 * u2 + p2
+        p0, p1, p2 = b1 * u0 - a1 * v0 + q0, b1 * u1 - a1 * v1 + q1, b1 * u2 - a1 * v2 + q2
+        q0, q1, q2 = b2 * u0 - a2 * v0, b2 * u1 - a2 * v1, b2 * u2 - a2 * v2
+        w0, w1, w2 = d0 * v0 + r0, d0 * v1 + r1, d0 * v2 + r2
+        r0, r1, r2 = d1 * v0 - c1 * w0 + s0, d1 * v1 - c1 * w1 + s1, d1 * v2 - c1 * w2 + s2
+        s0, s1, s2 = d2 * v0 - c2 * w0, d2 * v1 - c2 * w1, d2 * v2 - c2 * w2
+        x[0, i], x[1, i], x[2, i] = w0, w1, w2
+    state[0, 0, 0], state[0, 0, 1], state[0, 0, 2] = p0, p1, p2
+    state[0, 1, 0], state[0, 1, 1], state[0, 1, 2] = q0, q1, q2
+    state[1, 0, 0], state[1, 0, 1], state[1, 0, 2] = r0, r1, r2
+    state[1, 1, 0], state[1, 1, 1], state[1, 1, 2] = s0, s1, s2
+
+
 @lru_cache(maxsize=64)
-def _highpass_sections(freq: float, rate: float, order: int) -> np.ndarray:
-    return signal.butter(order, freq, "highpass", fs=rate, output="sos")
+def _sections(rate: float, highpass: float, lowpass: float, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Butterworth sections, an even number of them, (S, 6), and their state after an endless one, (S, 2)."""
+    parts = []
+    if highpass:
+        parts.append(signal.butter(order, highpass, "highpass", fs=rate, output="sos"))
+    if 0 < lowpass < rate / 2:  # nothing is recorded above half the rate
+        parts.append(signal.butter(order, lowpass, "lowpass", fs=rate, output="sos"))
+    if not parts:
+        return np.empty((0, 6)), np.empty((0, 2))
+    sections = np.concatenate(parts)
+    rest = signal.sosfilt_zi(sections)
+    if len(sections) % 2:
+        sections = np.concatenate([sections, [[1.0, 0, 0, 1, 0, 0]]])
+        rest = np.concatenate([rest, np.zeros((1, 2))])
+    return sections, rest
 
 
-def highpass(
-    x: np.ndarray,  # samples, (..., N), any unit
+class _Cascade:
+    """A filter that goes on from block to block; the first sample it sees is where it rests."""
+
+    def __init__(self, rate: float, highpass: float, lowpass: float, order: int):
+        self.sections, self.rest = _sections(float(rate), float(highpass), float(lowpass), int(order))
+        self.state: np.ndarray | None = None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Filter three rows in place, (3, N) float64."""
+        if self.state is None:
+            self.state = self.rest[:, :, None] * x[:, 0]
+        for i in range(0, len(self.sections), 2):
+            _two_sections(x, self.sections[i : i + 2], self.state[i : i + 2])
+        return x
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-054
+def bandpass(
+    x: np.ndarray,  # samples, (3, N), any unit
     rate: float,  # Hz
-    freq: float,  # corner (-3 dB), Hz; 0 returns x unfiltered
-    order: int = 4,  # poles
-) -> np.ndarray:  # filtered samples, (..., N) float64
-    """Causal Butterworth high-pass that starts at rest on the first sample; `ValueError` from rate / 2 on."""
-    x = np.asarray(x, dtype=np.float64)
-    if not 0 <= freq < rate / 2:
-        raise ValueError(f"expected a corner in 0..{rate / 2:g} Hz (half the rate), got {freq!r} Hz: change it")
-    if freq == 0 or x.shape[-1] == 0:
-        return x.copy()
-    sections = _highpass_sections(float(freq), float(rate), int(order))
-    # Shape of the state: (sections, ..., 2), scaled by the first sample of each row.
-    state = signal.sosfilt_zi(sections).reshape(len(sections), *(1,) * (x.ndim - 1), 2) * x[None, ..., :1]
-    return signal.sosfilt(sections, x, axis=-1, zi=state)[0]
+    highpass: float = 0.0,  # corner (-3 dB) below which little passes, Hz; 0: none
+    lowpass: float = 0.0,  # corner above which little passes, Hz; 0, or half the rate and more: none
+    order: int = 4,  # poles at each corner
+    phase: str = "causal",  # 'causal', or 'zero': once more backwards, with twice the poles
+) -> np.ndarray:  # filtered samples, (3, N) float64
+    """Butterworth filters that start at rest on the first sample; `ValueError` for corners that cannot be."""
+    x = np.array(x, dtype=np.float64, ndmin=2)
+    if not (0 <= highpass < rate / 2 and (not lowpass or highpass < lowpass)):
+        raise ValueError(
+            f"expected corners 0 <= highpass < lowpass and below {rate / 2:g} Hz (half the rate), got {highpass!r} and "
+            f"{lowpass!r} Hz: change them"
+        )
+    if not x.shape[1]:
+        return x
+    x = _Cascade(rate, highpass, lowpass, order)(x)
+    if phase == "zero":
+        x = _Cascade(rate, highpass, lowpass, order)(np.ascontiguousarray(x[:, ::-1]))[:, ::-1]
+    return x
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-037
+# %% ../../nbs/03_data.preprocessing.ipynb #03-058
 MAX_FACTOR = 500  # largest numerator or denominator of a rate ratio
 
 
+@lru_cache(maxsize=256)
 def _ratio(rate_in: float, rate_out: float) -> tuple[int, int] | None:
     """Up and down factors, or None where no fraction of small numbers comes within 1e-4."""
     if not (rate_in > 0 and rate_out > 0 and math.isfinite(rate_in) and math.isfinite(rate_out)):
@@ -430,22 +880,45 @@ def _ratio(rate_in: float, rate_out: float) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=64)
-def _lowpass(up: int, down: int) -> np.ndarray:
-    """Minimum-phase low-pass for a polyphase resampler: flat to 0.7 of the lower Nyquist frequency, -60 dB above it."""
+def _taps(up: int, down: int, phase: str) -> np.ndarray:
+    """Low-pass of a polyphase resampler: flat to 0.7 of the lower Nyquist frequency, -60 dB above it; its sum is 1."""
     factor = max(up, down)
     taps = signal.firwin(2 * 14 * factor + 1, 0.85 / factor, window=("kaiser", 5.65))
-    n_fft = 2 ** math.ceil(math.log2(32 * len(taps)))
-    causal = signal.minimum_phase(taps, method="homomorphic", n_fft=n_fft, half=False)
-    return up * causal / causal.sum()
+    if phase == "causal":
+        n_fft = 2 ** math.ceil(math.log2(32 * len(taps)))
+        taps = signal.minimum_phase(taps, method="homomorphic", n_fft=n_fft, half=False)
+    return taps / taps.sum()
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-038
+
+class _Polyphase:
+    """A causal resampler that goes on from block to block; what came before is taken to be like the first sample."""
+
+    def __init__(self, up: int, down: int):
+        self.up, self.down, self.taps = up, down, up * _taps(up, down, "causal")
+        self.reach = down * math.ceil(len(self.taps) / (up * down))  # samples to remember, whole periods of the grid
+        self.level: np.ndarray | None = None
+        self.past = np.zeros(0)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Samples (3, ceil(N * up / down)) of a block (3, N); N is a multiple of `down` in all blocks but the last."""
+        if self.up == self.down:
+            return x
+        if self.level is None:
+            self.level, self.past = x[:, :1].copy(), np.zeros((len(x), self.reach))
+        joined = np.concatenate([self.past, x - self.level], axis=1)
+        self.past = joined[:, -self.reach :]
+        skip, count = self.reach * self.up // self.down, -(-x.shape[1] * self.up // self.down)
+        return signal.upfirdn(self.taps, joined, self.up, self.down)[:, skip : skip + count] + self.level
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-059
 def resample(
-    x: np.ndarray,  # samples, (..., N), any unit
+    x: np.ndarray,  # samples, (rows, N), any unit
     rate_in: float,  # Hz
     rate_out: float,  # Hz
-) -> np.ndarray:  # samples at rate_in * up / down, (..., ceil(N * up / down)) float64
-    """Causal polyphase resampling by up / down; `ValueError` where no fraction up to `MAX_FACTOR` fits within 1e-4."""
-    x = np.asarray(x, dtype=np.float64)
+    phase: str = "causal",  # 'causal' or 'zero'
+) -> np.ndarray:  # samples at rate_in * up / down, (rows, ceil(N * up / down)) float64
+    """Polyphase resampling by up / down; `ValueError` where no fraction up to `MAX_FACTOR` fits within 1e-4."""
+    x = np.array(x, dtype=np.float64, ndmin=2)
     factors = _ratio(rate_in, rate_out)
     if factors is None:
         raise ValueError(
@@ -453,120 +926,379 @@ def resample(
             "choose another output rate"
         )
     up, down = factors
-    if up == down or x.shape[-1] == 0:
-        return x.copy()
-    # The first sample is taken as the level before the record: a filter that started from zero would make a step of it.
-    level = x[..., :1]
-    length = -(-x.shape[-1] * up // down)
-    return signal.upfirdn(_lowpass(up, down), x - level, up, down, axis=-1)[..., :length] + level
+    if up == down or not x.shape[1]:
+        return x
+    if phase == "causal":
+        return _Polyphase(up, down)(x)
+    level = x[:, :1]
+    return signal.resample_poly(x - level, up, down, axis=1, window=_taps(up, down, "zero")) + level
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-045
-def prepare(
-    segment: Segment,  # as recorded
-    config: PreprocessingConfig | None = None,  # settings; defaults where None
-) -> Segment:  # high-passed and resampled; `sampling_rate` is the true one, within 1e-4 of the config's
-    """Demean, high-pass and resample a segment, causally and in float64; masked components stay zero."""
-    config = config or PreprocessingConfig()
-    data, mask = segment.data, segment.component_mask
-    factors = _ratio(segment.sampling_rate, config.sampling_rate)
-    real = data if mask.all() else data[mask]
-    real = real - real.mean(axis=-1, keepdims=True)
-    real = highpass(real, segment.sampling_rate, config.highpass, config.highpass_order)
-    real = resample(real, segment.sampling_rate, config.sampling_rate)
-    out = np.zeros((3, real.shape[-1]))
-    out[mask] = real
-    up, down = factors or (1, 1)
-    rate = segment.sampling_rate * up / down
-    return dataclasses.replace(segment, data=out, sampling_rate=rate, native_rate=segment.sampling_rate)
-
-# %% ../../nbs/03_data.preprocessing.ipynb #03-049
-def normalise(
-    x: np.ndarray,  # samples, (3, N), any unit
-    component_mask: np.ndarray,  # which components are real, (3,) bool
-) -> tuple[np.ndarray, float]:  # (3, N) float32 of rms 1 over the real components; log10 of the scale divided out
-    """Remove each component's mean and divide by one scale, in float64; `ValueError` where flat or non-finite."""
-    mask = np.asarray(component_mask, dtype=bool)
-    real = np.asarray(x, dtype=np.float64)[mask]
-    if real.size == 0:
-        raise ValueError(f"expected at least one real component, got mask {mask.tolist()}: drop the window")
-    real = real - real.mean(axis=-1, keepdims=True)
-    peak = np.abs(real).max()  # taken out first, so that squares neither overflow nor vanish
-    if not np.isfinite(peak) or peak == 0:
-        raise ValueError(f"expected finite samples that move, got a largest deviation of {peak}: drop the window")
-    real /= peak
-    scale = math.sqrt(np.vdot(real, real) / real.size)
-    out = np.zeros(np.shape(x), dtype=np.float32)
-    out[mask] = real / scale
-    return out, math.log10(peak) + math.log10(scale)
-
-# %% ../../nbs/03_data.preprocessing.ipynb #03-052
-_MIN_LEVELS = 64  # a component that spans fewer digitiser steps than this is quiet rather than clipped
+# %% ../../nbs/03_data.preprocessing.ipynb #03-068
+Response = Callable[[str, str, str, str, int, np.ndarray], np.ndarray | None]  # … channel ns Hz -> counts per unit
+_MOTION = {"m": 0, "m/s": 1, "m/s**2": 2, "m/s/s": 2, "m/s^2": 2}  # derivatives of displacement
+OUTPUTS = {"DISP": "m", "VEL": "m/s", "ACC": "m/s**2"}  # what a response can be turned into, and its unit
 
 
-def _constant_runs(x: np.ndarray, minimum: int) -> list[tuple[int, int]]:
-    """Runs of at least `minimum` equal samples of one component: first sample, sample after the last."""
-    edges = np.concatenate([[0], np.flatnonzero(x[1:] != x[:-1]) + 1, [len(x)]])
-    long = np.flatnonzero(np.diff(edges) >= minimum)
-    return [(int(edges[i]), int(edges[i + 1])) for i in long]
+def _block(rate: float, pre_filt: Sequence[float]) -> tuple[int, int]:
+    """Samples of a block's transform, and how many of them at either end its neighbours spoil."""
+    f1, f2, f3, f4 = pre_filt
+    reach = math.ceil(rate * max(6 / (f2 - f1), 6 / (f4 - f3)))  # the cosines ring for as long
+    return 2 ** math.ceil(math.log2(8 * reach)), reach
 
 
-def _is_clipped(x: np.ndarray, share: float) -> bool:
-    """Whether one component sits at its largest or smallest value for more than `share` of the samples."""
-    low, high = x.min(), x.max()
-    if max(np.count_nonzero(x == high), np.count_nonzero(x == low)) <= share * len(x):
-        return False
-    steps = np.abs(np.diff(x))
-    return bool(high - low >= _MIN_LEVELS * steps[steps > 0].min(initial=np.inf))
+def _inverse(values: np.ndarray, frequencies: np.ndarray, pre_filt: Sequence[float], order: int) -> np.ndarray:
+    """Spectrum that turns counts into motion, (F,) complex64; `order` derivatives away from the response's unit."""
+    f1, f2, f3, f4 = pre_filt
+    up = np.clip((frequencies - f1) / (f2 - f1), 0, 1)
+    down = np.clip((f4 - frequencies) / (f4 - f3), 0, 1)
+    band = (0.5 - 0.5 * np.cos(np.pi * up)) * (0.5 - 0.5 * np.cos(np.pi * down))
+    kept = (band > 0) & (np.abs(values) > 0)
+    out = np.zeros(len(frequencies), dtype=np.complex64)
+    out[kept] = band[kept] / values[kept] * (2j * np.pi * frequencies[kept]) ** order
+    return out
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-069
+def remove_response(
+    x: np.ndarray,  # counts of one component without an offset, (N,)
+    rate: float,  # Hz
+    response: Callable[[np.ndarray], np.ndarray | None],  # frequencies in Hz, (F,) -> counts per unit, complex (F,)
+    pre_filt: Sequence[float],  # band to keep: rising from nothing to all, falling from all to nothing, Hz
+    order: int = 0,  # time derivatives to take: 1 turns m into m/s, -1 back
+) -> np.ndarray | None:  # motion, (N,) float32; None where there is no response
+    """Divide by the response within a band, in overlapping blocks; before and after the record lies silence."""
+    size, reach = _block(rate, pre_filt)
+    frequencies = np.arange(size // 2 + 1) * (rate / size)
+    values = response(frequencies)
+    if values is None:
+        return None
+    inverse, hop, n = _inverse(values, frequencies, pre_filt, order), size - 2 * reach, len(x)
+    out = np.empty(n, dtype=np.float32)
+    for start in range(0, n, hop):
+        piece = np.zeros(size, dtype=np.float32)
+        a, b, stop = max(0, start - reach), min(n, start - reach + size), min(n, start + hop)
+        piece[a - start + reach : b - start + reach] = x[a:b]
+        made = fft.irfft(fft.rfft(piece) * inverse, size)
+        out[start:stop] = made[reach : reach + stop - start]
+    return out
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-073
+def rotation(
+    orientations: Sequence[tuple[float, float] | None],  # azimuth and dip of Z, N, E in degrees; None: no component
+) -> np.ndarray | None:  # matrix that turns the components to Z, N, E, (3, 3); None where they cannot be turned
+    """The inverse of where the components point; exactly the identity where they point to Z, N and E."""
+    real = [row for row, known in enumerate(orientations) if known is not None]
+    angles = np.radians([known for known in orientations if known is not None]).reshape(-1, 2)
+    azimuth, dip = angles[:, 0], angles[:, 1]
+    # Rows: components; columns: up, north, east.
+    points = np.stack([-np.sin(dip), np.cos(azimuth) * np.cos(dip), np.sin(azimuth) * np.cos(dip)], axis=1).round(12)
+    others = [row for row in range(3) if row not in real]
+    inside = points[:, real]
+    if not real or not np.isfinite(points).all() or np.abs(points[:, others]).max(initial=0) > 0.02:
+        return None
+    if np.linalg.cond(inside) > 10:  # two of them point nearly the same way
+        return None
+    out = np.eye(3)
+    out[np.ix_(real, real)] = np.linalg.inv(inside)
+    return out.round(12) + 0.0
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-077
+_BLOCK = 2**14  # samples filtered at a time: three rows in float64 stay in the processor's cache
 
 
-def _quality(raw: np.ndarray, first: int, mask: np.ndarray, runs: list, config: PreprocessingConfig):
-    """Living components of one recorded window, (3,) bool, and the reason to reject it, or None."""
-    alive = mask.copy()
-    limit = max(2, math.ceil(config.max_flat * raw.shape[1]))
+@njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _line(x):
+    """Mean of one component, and slope of the straight line that fits it best, per sample."""
+    n, first, total, moment = len(x), float(x[0]), 0.0, 0.0
+    for i in range(n):
+        value = float(x[i]) - first
+        total += value
+        moment += value * (i - 0.5 * (n - 1))
+    return first + total / n, 12 * moment / (n * (float(n) * n - 1)) if n > 1 else 0.0
+
+
+@njit(cache=True, fastmath={"contract"})
+def _move(x, first, level, slope, matrix, ramp, total, out):
+    """Take lines off a block (3, n) that begins at sample `first` of `total`, taper, and turn: (3, n) float64."""
+    for i in range(x.shape[1]):
+        at = first + i
+        end = min(at, total - 1 - at)
+        weight = ramp[end] if end < len(ramp) else 1.0
+        a = (x[0, i] - level[0] - slope[0] * at) * weight
+        b = (x[1, i] - level[1] - slope[1] * at) * weight
+        c = (x[2, i] - level[2] - slope[2] * at) * weight
+        for row in range(3):
+            out[row, i] = matrix[row, 0] * a + matrix[row, 1] * b + matrix[row, 2] * c
+
+
+@dataclass(eq=False)
+class _Moving:
+    """What `_move` needs: samples, lines, what to multiply by, the taper."""
+
+    data: np.ndarray  # (3, N)
+    level: np.ndarray  # (3,)
+    slope: np.ndarray  # (3,), per sample
+    matrix: np.ndarray  # (3, 3)
+    ramp: np.ndarray  # weights of the first samples, and backwards of the last
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Motion of some samples, (3, n) float64."""
+        out = np.empty((3, stop - start))
+        level, total = self.level, self.data.shape[1]
+        _move(self.data[:, start:stop], start, level, self.slope, self.matrix, self.ramp, total, out)
+        return out
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-078
+def _moving(segment: Segment, config: PreprocessingConfig) -> _Moving:
+    """A segment in counts, without its line, tapered."""
+    mask, n = segment.component_mask, segment.data.shape[1]
+    lines = np.array([_line(x) if real else (0.0, 0.0) for x, real in zip(segment.data, mask, strict=True)])
+    slope = lines[:, 1] * (config.detrend == "linear")
+    ramp = min(round(config.taper * segment.sampling_rate), n // 2)
+    weights = 0.5 - 0.5 * np.cos(np.pi * np.arange(ramp) / max(1, ramp))
+    level = lines[:, 0] * (config.detrend != "none") - slope * (n - 1) / 2
+    return _Moving(segment.data, level, slope, np.diag(mask / np.array(segment.gains)), weights)
+
+
+def _ground(segment: Segment, config: PreprocessingConfig, response: Response | None) -> tuple[_Moving, list[int]]:
+    """A segment as ground motion, before filters, and the components without a response."""
+    moving = _moving(segment, config)
+    if not config.output:
+        return moving, []
+    if response is None:
+        raise ValueError(f"output {config.output!r} needs a response: give a StationMetadataManager's `response`")
+    order = _MOTION.get(segment.units)
+    out, missing = np.zeros(segment.data.shape, dtype=np.float32), []
+    for row in np.flatnonzero(segment.component_mask):
+        alone = dataclasses.replace(moving, matrix=np.diag(np.eye(3)[row]))
+        counts = np.concatenate(
+            [alone.block(i, j)[row].astype(np.float32) for i, j in _blocks(segment.data.shape[1], _BLOCK)]
+        )
+        network, station, location, channel = (*segment.id.split(".")[:3], segment.channels[row])
+        wanted = list(OUTPUTS).index(config.output) - (order or 0)
+        made = None
+        if order is not None:
+            ask = partial(response, network, station, location, channel, segment.starttime)
+            made = remove_response(counts, segment.sampling_rate, ask, config.pre_filt, wanted)
+        if made is None:
+            missing.append(int(row))
+        else:
+            out[row] = made
+    return _Moving(out, np.zeros(3), np.zeros(3), np.eye(3), np.zeros(0)), missing
+
+
+def _blocks(total: int, size: int) -> list[tuple[int, int]]:
+    """First sample and sample after the last of consecutive blocks."""
+    return [(i, min(total, i + size)) for i in range(0, total, size)]
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-079
+def _filtered(moving: _Moving, rate: float, config: PreprocessingConfig) -> np.ndarray:
+    """Filter and resample, (3, M) float32; a causal filter takes a block at a time."""
+    up, down = _ratio(rate, config.sampling_rate) or (1, 1)
+    n = moving.data.shape[1]
+    corners = config.highpass, config.lowpass, config.filter_order
+    out = np.empty((3, -(-n * up // down)), dtype=np.float32)
+    with np.errstate(over="ignore"):  # becomes a flaw
+        if config.phase == "zero":
+            whole = bandpass(moving.block(0, n), rate, *corners, phase="zero")
+            out[:] = resample(whole, rate, config.sampling_rate, "zero")
+            return out
+        cascade, polyphase = _Cascade(rate, *corners), _Polyphase(up, down)
+        for i, j in _blocks(n, down * max(1, _BLOCK // down)):
+            out[:, i * up // down : -(-j * up // down)] = polyphase(cascade(moving.block(i, j)))
+    return out
+
+
+def _carried(flaws: Sequence[Flaw], up: int, down: int, samples: int, ringing: tuple[float, float]) -> list[Flaw]:
+    """Flaws of a recording in samples of the prepared segment; jumps ring for so many samples before and after."""
+    out = []
+    for row, start, stop, reason in flaws:
+        before, after = ringing if reason in ("spike", "step") else (0, 0)
+        first = max(0, math.floor(start * up / down - before))
+        out.append(Flaw(row, first, min(samples, math.ceil(stop * up / down + after)), reason))
+    return out
+
+
+def _late_flaws(data: np.ndarray, mask: np.ndarray, flat: int) -> list[Flaw]:
+    """Constant stretches and non-finite components of prepared data."""
+    out = []
     for row in np.flatnonzero(mask):
-        dead = any(min(b, first + raw.shape[1]) - max(a, first) >= limit for a, b in runs[row])
-        alive[row] = not dead
-    if not alive.any():
-        return alive, "flat"
-    if any(_is_clipped(raw[row], config.max_clipped) for row in np.flatnonzero(alive)):
-        return alive, "clipped"
-    return alive, None
+        with np.errstate(all="ignore"):
+            unsure = not np.isfinite(data[row].sum())  # a sum is quick, but may itself be too large
+        if unsure and not np.isfinite(data[row]).all():
+            out.append(Flaw(int(row), 0, data.shape[1], "non-finite"))
+        out += [Flaw(int(row), a, b, "flat") for a, b, _ in _flats(data[row], flat).tolist()]
+    return out
 
-# %% ../../nbs/03_data.preprocessing.ipynb #03-053
+
+def _ringing(config: PreprocessingConfig, rate: float) -> tuple[float, float]:
+    """Samples for which a jump rings before and after."""
+    corners = [c for c in (config.highpass, config.pre_filt[1] if config.output else 0.0) if c]
+    after = rate / min(corners) if corners else 0.0
+    return (after if config.output or config.phase == "zero" else 0.0), after
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-080
+def prepare(
+    segment: Segment,  # as recorded, from `segments`
+    config: PreprocessingConfig | None = None,  # settings; defaults where None
+    response: Response | None = None,  # needed where `config.output` asks for ground motion
+) -> Segment:  # float32 in `units`, with flaws; `sampling_rate` is the true one, within 1e-4 of the config's
+    """Make a segment into filtered motion at the config's rate; float64 inside, masked components stay zero."""
+    config = config or PreprocessingConfig()
+    rate, mask = segment.sampling_rate, segment.component_mask
+    up, down = _ratio(rate, config.sampling_rate) or (1, 1)
+    moving, missing = _ground(segment, config, response)
+    comparable = config.rotate and segment.units != "counts"  # counts of different gains cannot be mixed
+    turn = rotation(segment.orientations) if comparable and segment.orientations else None
+    if turn is not None:
+        moving.matrix = turn @ moving.matrix
+    out, true_rate = _filtered(moving, rate, config), rate * up / down
+    flaws = _carried(find_flaws(segment, config), up, down, out.shape[1], _ringing(config, true_rate))
+    flaws += [Flaw(row, 0, out.shape[1], "response") for row in missing]
+    if turn is not None:
+        flaws = [f._replace(row=int(row)) for f in flaws for row in np.flatnonzero(turn[:, f.row])]
+    flaws += _late_flaws(out, mask, max(10, math.ceil(config.flat_run * true_rate)))
+    units = OUTPUTS[config.output] if config.output else segment.units
+    return dataclasses.replace(
+        segment,
+        data=out,
+        sampling_rate=true_rate,
+        native_rate=rate,
+        gains=(1.0, 1.0, 1.0),
+        units=units,
+        orientations=None if turn is not None else segment.orientations,
+        flaws=tuple(sorted(set(flaws))),
+    )
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-085
+def _covered(spans: Sequence[tuple[int, int]], starts: np.ndarray, length: int) -> np.ndarray:
+    """How many samples of each window lie in one of the spans, (n,)."""
+    edges: list[int] = []
+    for start, stop in sorted(spans):
+        if edges and start <= edges[-1]:
+            edges[-1] = max(edges[-1], stop)
+        else:
+            edges += [start, stop]
+    at = np.array(edges)
+    total = np.concatenate([[0], np.repeat(np.cumsum(at[1::2] - at[::2]), 2)[:-1]])  # samples covered up to each edge
+    return np.interp(starts + length, at, total) - np.interp(starts, at, total)
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-086
+@dataclass(eq=False)
+class Grid:
+    """Windows of a segment: where they begin, what lives in them, and why not."""
+
+    starts: np.ndarray  # first sample of each window, (n,) int64
+    alive: np.ndarray  # living components, (n, 3) bool
+    reason: np.ndarray  # one of `REASONS`, '' where the window is good, (n,) object
+
+
+def window_grid(
+    samples: int,  # length of the prepared segment
+    component_mask: Sequence[bool] | np.ndarray,  # its real components, (3,)
+    flaws: Sequence[Flaw],  # its flaws
+    config: PreprocessingConfig,  # length, overlap and limits
+    starts: np.ndarray | None = None,  # first samples of the windows to judge, (n,); None: all of the grid
+) -> Grid:  # in order of time
+    """Decide which windows a prepared segment has, without looking at its waveform."""
+    length = config.window_samples
+    if starts is None:
+        starts = np.arange(0, samples - length + 1, config.hop_samples, dtype=np.int64)
+    alive = np.tile(np.asarray(component_mask, dtype=bool), (len(starts), 1))
+    spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for row, start, stop, why in flaws:
+        spans.setdefault((why, row), []).append((start, stop))
+    dead = {key: spans.pop(key) for key in sorted(spans) if key[0] in ("flat", "response")}
+    for (why, row), where in dead.items():
+        alive[:, row] &= _covered(where, starts, length) < (config.max_flat * length if why == "flat" else 1)
+    silent = "response" if any(why == "response" for why, _ in dead) else "flat"
+    reason = np.where(alive.any(axis=1), "", silent).astype(object)
+    for why, row in sorted(spans):
+        limit = config.max_clipped * length if why == "clipped" else 0
+        bad = alive[:, row] & (_covered(spans[why, row], starts, length) > limit)
+        reason[bad & (reason == "")] = why
+    return Grid(starts, alive, reason)
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-089
+@njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _normalise(data, starts, alive, out, log_scale):
+    """Fill `out`, (n, 3, L), and `log_scale`, (n,)."""
+    length = out.shape[2]
+    for w in range(len(starts)):
+        power, rows = 0.0, 0
+        means = np.zeros(3)
+        for row in range(3):
+            if alive[w, row]:
+                x = data[row, starts[w] : starts[w] + length]
+                total = 0.0
+                for i in range(length):
+                    total += x[i]
+                means[row] = total / length
+                squares = 0.0
+                for i in range(length):
+                    squares += (x[i] - means[row]) ** 2
+                power, rows = power + squares, rows + 1
+        scale = np.sqrt(power / (rows * length)) if rows else 0.0
+        log_scale[w] = np.log10(scale) if scale else np.nan
+        inverse = 1 / scale if scale else 0.0
+        for row in range(3):
+            x, y = data[row, starts[w] : starts[w] + length], out[w, row]
+            if alive[w, row]:
+                for i in range(length):
+                    y[i] = (x[i] - means[row]) * inverse
+            else:
+                y[:] = 0
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-090
+def normalise_windows(
+    data: np.ndarray,  # samples, (3, N), any unit and kind of number
+    starts: np.ndarray,  # first sample of each window, (n,) int
+    length: int,  # of a window, samples
+    alive: np.ndarray,  # living components, (n, 3) bool
+) -> tuple[np.ndarray, np.ndarray]:  # (n, 3, length) float32 of rms 1 over the living; log10 of the scales, (n,)
+    """Cut windows, remove each component's mean and divide by one scale; a scale of zero has the logarithm NaN."""
+    starts, alive = np.ascontiguousarray(starts, np.int64), np.ascontiguousarray(alive, bool)
+    if len(starts) and not 0 <= starts.min() <= starts.max() <= data.shape[1] - length:
+        raise ValueError(
+            f"expected windows within {data.shape[1]} samples, got starts from {starts.min()} to {starts.max()} "
+            f"and a length of {length}: leave out what sticks out"
+        )
+    out, log_scale = np.empty((len(starts), 3, length), np.float32), np.empty(len(starts))
+    if data.dtype not in (np.float32, np.float64):
+        data = data.astype(np.float32 if data.dtype == np.float16 else np.float64)
+    _normalise(data, starts, alive, out, log_scale)
+    return out, log_scale
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-093
+_AT_ONCE = 256  # windows normalised in one go
+
+
+def _rejected(segment: Segment, reason: str, start: float, samples: float) -> Reject:
+    """A stretch of a prepared segment as a `Reject`."""
+    time = segment.starttime + round(start * 1e9 / segment.sampling_rate)
+    return _reject(reason, segment, time, samples / segment.sampling_rate)
+
+# %% ../../nbs/03_data.preprocessing.ipynb #03-094
 def windows(
     segment: Segment,  # as recorded, from `segments`
     config: PreprocessingConfig | None = None,  # settings; defaults where None
+    response: Response | None = None,  # needed where `config.output` asks for ground motion
 ) -> Iterator[Window | Reject]:  # in order of time
     """Prepare a segment and cut it into checked, normalised windows; the tail that does not fill one is a `Reject`."""
     config = config or PreprocessingConfig()
-    length, hop, rate = config.window_samples, config.hop_samples, segment.sampling_rate
-    codes = (segment.network, segment.station, segment.location, segment.band)
-    up, down = _ratio(rate, config.sampling_rate) or (1, 1)
-    total = -(-segment.data.shape[1] * up // down)
-    count = 1 + (total - length) // hop if total >= length else 0
-    step = 1e9 * down / (up * rate)  # ns from one output sample to the next, by the true rate
-    if count:
-        ready = prepare(segment, config).data
-        minimum = max(2, math.ceil(config.max_flat * (length * down // up)))
-        runs = [
-            _constant_runs(x, minimum) if real else []
-            for x, real in zip(segment.data, segment.component_mask, strict=True)
-        ]
-    for i in range(count):
-        start = i * hop
-        time = segment.starttime + round(start * step)
-        first, last = start * down // up, -(-(start + length) * down // up)
-        alive, reason = _quality(segment.data[:, first:last], first, segment.component_mask, runs, config)
-        if reason is None:
-            try:
-                waveform, log_scale = normalise(ready[:, start : start + length], alive)
-            except ValueError:
-                reason = "flat" if np.isfinite(ready[alive, start : start + length]).all() else "non-finite"
-        if reason is not None:
-            yield Reject(reason, *codes, time, length * step / 1e9)
-            continue
-        channels = _only(segment.channels, alive)
-        yield Window(waveform, log_scale, alive, time, *codes, config.sampling_rate, channels, segment.units, rate)
-    used = (count - 1) * hop + length if count else 0
+    length, ready = config.window_samples, prepare(segment, config, response)
+    total, codes = ready.data.shape[1], (segment.network, segment.station, segment.location, segment.band)
+    grid = window_grid(total, ready.component_mask, ready.flaws, config)
+    for i in range(0, len(grid.starts), _AT_ONCE):
+        part = slice(i, i + _AT_ONCE)
+        good = grid.reason[part] == ""
+        made = zip(*normalise_windows(ready.data, grid.starts[part][good], length, grid.alive[part][good]), strict=True)
+        for start, alive, reason in zip(grid.starts[part], grid.alive[part], grid.reason[part], strict=True):
+            if reason:
+                yield _rejected(ready, reason, start, length)
+                continue
+            (waveform, scale), time = next(made), ready.starttime + round(start * 1e9 / ready.sampling_rate)
+            channels, rate = _only(ready.channels, alive), config.sampling_rate
+            yield Window(waveform, scale, alive, time, *codes, rate, channels, ready.units, ready.native_rate)
+    used = int(grid.starts[-1]) + length if len(grid.starts) else 0
     if total > used:
-        yield Reject("short", *codes, segment.starttime + round(used * step), (total - used) * step / 1e9)
+        yield _rejected(ready, "short", used, total - used)

@@ -34,8 +34,8 @@ from .probes import LabelledWindows, crossed_folds, frozen_features, mean_auc, o
 
 # %% auto #0
 __all__ = ['MIN_PERPLEXITY', 'OptimizerConfig', 'SchedulerConfig', 'TrainConfig', 'cosine_with_warmup', 'anneal',
-           'build_optimizer', 'metrics_of', 'best_guess', 'first_windows', 'fixed_exam', 'Pretraining', 'Throughput',
-           'OnlineProbe', 'complaints', 'WindowData', 'export_checkpoint']
+           'build_optimizer', 'metrics_of', 'best_guess', 'first_windows', 'fixed_exam', 'begin_epoch', 'Pretraining',
+           'Throughput', 'OnlineProbe', 'complaints', 'WindowData', 'export_checkpoint']
 
 # %% ../../nbs/12_train.pretraining.ipynb #12-006
 @dataclass(frozen=True)
@@ -167,8 +167,54 @@ def fixed_exam(
         "negatives": sample_negatives(mask.sum(1), config.num_negatives, generator) if contrastive else None,
     }
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-018
-class Pretraining(pl.LightningModule):
+# %% ../../nbs/12_train.pretraining.ipynb #12-019
+def begin_epoch(
+    checkpoint: dict[str, Any],  # of a trainer; its loops are changed
+    epoch: int,  # number of the epoch to begin
+) -> None:
+    "Make the loops of a checkpoint stand at the beginning of an epoch, whatever they were in the middle of."
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    batches["total"] = dict.fromkeys(batches["total"], batches["total"]["processed"])
+    batches["is_last_batch"] = False
+    for part in ("total", "current"):
+        epochs[part] = dict.fromkeys(epochs[part], epoch)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+
+
+class _Resumable(pl.LightningModule):
+    "Goes on with the very next window after an interruption."
+
+    @property
+    def total_steps(self) -> int:
+        "Optimiser steps of the whole run, however often it was interrupted."
+        trainer = cast(Any, self.trainer)
+        epoch = trainer.datamodule.epoch_batches
+        if not math.isfinite(epoch):
+            return trainer.max_steps
+        steps = math.ceil(epoch / trainer.accumulate_grad_batches) * trainer.max_epochs
+        return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+
+    def on_load_checkpoint(self, checkpoint):
+        "Go on in the middle of an epoch: the loops begin one, which the data make shorter."
+        if "loops" in checkpoint and WindowData.__qualname__ in checkpoint:
+            begin_epoch(checkpoint, checkpoint[WindowData.__qualname__]["order"]["epoch"])
+
+    def on_train_start(self):
+        "Nothing of the interrupted epoch is left to be wound forward to."
+        self.trainer.fit_loop.epoch_loop.restarting = False
+
+# %% ../../nbs/12_train.pretraining.ipynb #12-020
+def _augmented(augment: Augment | None, batch: dict, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
+    "Waveforms, component mask and log scale, changed as each window's own key says."
+    known = (batch["waveform"], batch["component_mask"], batch["log_scale"])
+    if augment is None:
+        return known
+    new = augment(*known, sample_keys(seed, epoch, batch["starttime"], batch["id"]))
+    return new.waveforms, new.component_mask, cast(torch.Tensor, new.log_scale)
+
+# %% ../../nbs/12_train.pretraining.ipynb #12-021
+class Pretraining(_Resumable):
     "Pretraining of a `GP2Vec`; settings are plain dictionaries, so that a checkpoint loads without running code."
 
     def __init__(
@@ -196,12 +242,8 @@ class Pretraining(pl.LightningModule):
         "Loss of a batch; refuses to go on from one that is not finite."
         if isinstance(self.model.quantizer, GumbelQuantizer):
             self.model.quantizer.temperature = anneal(self.global_step, self.total_steps, *self.config.temperature)
-        x, component_mask, log_scale = batch["waveform"], batch["component_mask"], batch["log_scale"]
-        if self.augment:
-            keys = sample_keys(self.config.seed, self.current_epoch, batch["starttime"], batch["id"])
-            changed = self.augment(x, component_mask, log_scale, keys)
-            x, component_mask, log_scale = changed.waveforms, changed.component_mask, changed.log_scale
-        step = self.model(x, batch["metadata"], component_mask, log_scale)
+        x, *known = _augmented(self.augment, batch, self.config.seed, self.current_epoch)
+        step = self.model(x, batch["metadata"], *known)
         if not step.loss.isfinite():
             raise FloatingPointError(
                 f"the loss is {step.loss.item()} at step {self.global_step}, on windows of "
@@ -226,11 +268,6 @@ class Pretraining(pl.LightningModule):
         masked = config.objective == "masked_prediction"
         self.log("val_chance", best_guess(true) if masked else 1 / (1 + config.num_negatives), sync_dist=True)
 
-    @property
-    def total_steps(self) -> int:
-        "Optimiser steps of the whole run."
-        return int(self.trainer.estimated_stepping_batches)
-
     def configure_optimizers(self):
         "AdamW and its schedule, stepped with every batch."
         optimizer = build_optimizer(self.model, self.config.optimizer)
@@ -238,7 +275,7 @@ class Pretraining(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_with_warmup(step, total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-020
+# %% ../../nbs/12_train.pretraining.ipynb #12-023
 class Throughput(pl.Callback):
     "Logs windows per second of training, data loading included."
 
@@ -252,7 +289,7 @@ class Throughput(pl.Callback):
         pl_module.log("windows_per_second", len(batch["id"]) * trainer.world_size / (now - self.before))
         self.before = now
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-022
+# %% ../../nbs/12_train.pretraining.ipynb #12-025
 class OnlineProbe(pl.Callback):
     "Logs `probe_auc`, the AUC of a linear probe on frozen features, while the model learns."
 
@@ -295,7 +332,7 @@ class OnlineProbe(pl.Callback):
         "The result."
         self._note(trainer, pl_module)
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-024
+# %% ../../nbs/12_train.pretraining.ipynb #12-027
 MIN_PERPLEXITY = 5.0  # a codebook of which fewer words are in use has collapsed
 
 
@@ -321,9 +358,9 @@ def complaints(
         )
     return found
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-027
+# %% ../../nbs/12_train.pretraining.ipynb #12-030
 class WindowData(pl.LightningDataModule):
-    "Loaders for two datasets of windows."
+    "Loaders for two datasets of windows; remembers which windows were used."
 
     def __init__(
         self,
@@ -334,19 +371,59 @@ class WindowData(pl.LightningDataModule):
     ):
         super().__init__()
         self.train, self.val, self.batch_size, self.num_workers = train, val, batch_size, num_workers
+        self._batches = 0  # of the run, when the training loader was made
+
+    @property
+    def _step(self) -> int:
+        "Windows of one step, all processes together."
+        return self.batch_size * (self.trainer.world_size if self.trainer else 1)
+
+    @property
+    def epoch_batches(self) -> float:
+        "Whole batches of each process in an epoch; infinite where the dataset does not know its length."
+        train = cast(Any, self.train)
+        windows = train.count if hasattr(train, "count") else len(train) if hasattr(train, "__len__") else math.inf
+        return windows // self._step
+
+    def setup(self, stage: str) -> None:
+        "A run begins with the first epoch, unless a checkpoint is loaded next."
+        if stage == "fit" and hasattr(self.train, "set_epoch"):
+            self._batches = 0
+            self.train.set_epoch(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        "The position in the order, and the batches that led there."
+        if not hasattr(self.train, "state_dict"):
+            return {}
+        batches = self._batches
+        if self.trainer:
+            progress = cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress)
+            batches = max(batches, progress.total.processed)
+        order = self.train.state_dict((batches - self._batches) * self._step)
+        if order["windows"] - order["position"] < self._step:  # what does not fill a step is dropped
+            order |= {"epoch": order["epoch"] + 1, "position": 0}
+        return {"order": order, "batches": batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        "Go on from a position."
+        cast(Any, self.train).load_state_dict(state_dict["order"])
+        self._batches = state_dict["batches"]
 
     def train_dataloader(self) -> DataLoader:
-        "Batches to learn from; the incomplete last one is dropped, iterable datasets shuffle themselves."
-        shuffle = not isinstance(self.train, IterableDataset)
-        if isinstance(self.train, IterableDataset) and hasattr(self.train, "set_epoch"):
+        "Batches to learn from, beginning with the first window not yet used; the incomplete last one is dropped."
+        if state := self.state_dict():
+            self.load_state_dict(state)
+        elif hasattr(self.train, "set_epoch"):
             self.train.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        # What has an order of its own shuffles itself.
+        shuffle = not isinstance(self.train, IterableDataset) and not hasattr(self.train, "set_epoch")
         return DataLoader(self.train, self.batch_size, shuffle=shuffle, num_workers=self.num_workers, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         "Batches held out."
         return DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
 
-# %% ../../nbs/12_train.pretraining.ipynb #12-029
+# %% ../../nbs/12_train.pretraining.ipynb #12-032
 def export_checkpoint(
     checkpoint: str | os.PathLike,  # a `.ckpt` of `Pretraining`
     folder: str | os.PathLike,  # made where it is absent

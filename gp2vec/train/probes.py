@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy import signal, stats
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from ..data.preprocessing import PreprocessingConfig, Segment, normalise, prepare, segments
+from ..data.preprocessing import PreprocessingConfig, Segment, normalise_windows, prepare, segments, window_grid
 from ..models.gp2vec import GP2Vec, GP2VecConfig
 
 # %% auto #0
@@ -74,14 +74,17 @@ class LabelledWindows:
         return cls(np.load(Path(folder) / "waveforms.npy", allow_pickle=False), table, rate)
 
 # %% ../../nbs/11_train.probes.ipynb #11-008
-def _cut(segment: Segment, start: int, samples: int):
+def _cut(segment: Segment, start: int, config: PreprocessingConfig):
+    "A normalised window and its log scale; None where it sticks out or is no example of anything."
+    samples = config.window_samples
     first = round((start - segment.starttime) * 1e-9 * segment.sampling_rate)
     if first < 0 or first + samples > segment.data.shape[1]:
         return None
-    try:
-        return normalise(segment.data[:, first : first + samples], segment.component_mask)
-    except ValueError:  # a dead stretch is no example of anything
+    grid = window_grid(segment.data.shape[1], segment.component_mask, segment.flaws, config, np.array([first]))
+    if grid.reason[0]:
         return None
+    waveforms, scales = normalise_windows(segment.data, grid.starts, samples, grid.alive)
+    return waveforms[0], float(scales[0])
 
 
 def _starts(picks: pd.DataFrame, length: float, place: tuple[float, float], min_snr: float, rng):
@@ -108,14 +111,14 @@ def label_windows(
     config: PreprocessingConfig = PreprocessingConfig(),  # noqa: B008  frozen, so safe to share
     seed: int = 0,  # of the onsets' places
 ) -> LabelledWindows:  # labels "P", "S" and "noise"
-    "Cut windows with one onset, or none, around picks; windows that are cut off by a gap are left out."
+    "Cut windows with one onset, or none, around picks; windows that are cut off by a gap or useless are left out."
     rng, waveforms, rows = np.random.default_rng(seed), [], []
-    samples = round(length * config.sampling_rate)
+    config = replace(config, window_length=length)
     for segment in segments(stream, config)[0]:
         mine = picks[(picks.network == segment.network) & (picks.station == segment.station)].sort_values("time")
         ready = prepare(segment, config)
         for label, pick, start, onset in _starts(mine, length, place, min_snr, rng):
-            cut = _cut(ready, start, samples)
+            cut = _cut(ready, start, config)
             if cut is not None:
                 waveforms.append(cut[0])
                 rows.append(pick._asdict() | {"label": label, "onset": onset, "start": start, "log_scale": cut[1]})

@@ -49,12 +49,12 @@ class DataConfig:
     channels: tuple[str, ...] = ()  # channel codes, likewise
     start: str = ""  # UTC; the interval is half-open
     end: str = ""  # UTC
-    anon: bool = True  # S3 without credentials
+    credentials: str = "anonymous"  # to read S3 with: anonymous, environment or earthscope
     max_stations: int = 0  # stations of the archive; 0: all
     max_days: int = 0  # days of each station, the first ones; 0: all
     held_out: float = 0.1  # share of the stations that are validated on
     seed: int = 0  # of the held-out stations, of the shuffling and of the synthetic network
-    shard_size: int = 10000  # windows per shard
+    shard_size: int = 10000  # windows per shard, about
     workers: int = 1  # processes that make shards
     batch_size: int = 32  # windows per step and process
     num_workers: int = 2  # processes that load batches
@@ -141,7 +141,7 @@ def open_shards(
     folder = Path(config.directory)
     manifest, shards = folder / "manifest.parquet", folder / "shards"
     for part in ("train", "val"):
-        if not any((shards / part).glob("index*.json")):
+        if not (shards / part / "plan.json").exists():
             raise FileNotFoundError(
                 f"there are no shards in {shards / part}: make them with `gp2vec manifest URL --output {manifest}`, "
                 f"`gp2vec metadata --archive URL --manifest {manifest} --output {folder / 'stations.parquet'}` and "
@@ -167,7 +167,7 @@ def prepare(
         archive = (
             embedded_archive(folder / f"archive-{config.seed}", config.seed)
             if embedded
-            else Archive(config.archive, anon=config.anon)
+            else Archive(config.archive, credentials=config.credentials)
         )
     with stage("manifest"):
         bounds = (config.networks, config.stations, config.channels, config.start or None, config.end or None)
@@ -183,7 +183,7 @@ def prepare(
     with stage("shards"):
         train, val, report = write_split(
             manifest, manager, folder / "shards", config.processing, config.held_out, config.seed,
-            config.shard_size, config.workers, config.anon, progress,
+            config.shard_size, config.workers, credentials=config.credentials, progress=progress,
         )  # fmt: skip
     return Prepared(train, val, str(manifest_path), str(stations_path), report)
 
@@ -207,7 +207,7 @@ def build_trainer(
         check_val_every_n_epoch=None if train.max_steps > 0 else 1,
         val_check_interval=train.max_steps if train.max_steps > 0 else 1.0,
         enable_progress_bar=shown, logger=CSVLogger(Path(output), name="", version=""),
-        reload_dataloaders_every_n_epochs=1,  # a new order each epoch
+        reload_dataloaders_every_n_epochs=1,  # a new order each epoch, and all of it after one that was resumed
         callbacks=[saving, Throughput(), *([RichProgressBar()] if shown else []), *callbacks], **trainer,
     )  # fmt: skip
 
@@ -281,26 +281,34 @@ def _main(cfg: DictConfig) -> None:
 # %% ../../nbs/13_train.train.ipynb #13-026
 def hydra_arguments(
     arguments: Sequence[str],  # as typed
-) -> list[str]:  # as Hydra wants them
+) -> list[str]:  # as Hydra wants them, options before overrides
     "Rewrite `--group.name=value` to `group.name=value` and make an existing `--config-path` absolute."
-    out = []
-    for argument in arguments:
-        name, sign, value = argument.partition("=")
-        if name.startswith("--") and "." in name:
-            argument = argument[2:]
-        elif name in ("--config-path", "--config-dir") and sign and Path(value).is_dir():
-            argument = f"{name}={Path(value).resolve()}"
-        out.append(argument)
-    return out
+    options, overrides, waiting = list[str](), list[str](), list(arguments)
+    while waiting:
+        name, sign, value = waiting.pop(0).partition("=")
+        argument = name + sign + value
+        if not name.startswith("-") or (name.startswith("--") and "." in name):
+            overrides.append(argument.removeprefix("--"))
+            continue
+        if not sign and name in _VALUED and waiting:
+            sign, value = "=", waiting.pop(0)
+        if name in ("--config-path", "-cp", "--config-dir", "-cd") and Path(value).is_dir():
+            value = str(Path(value).resolve())
+        # Hydra's short options take their value as the next argument.
+        options += [name + sign + value] if name.startswith("--") or not sign else [name, value]
+    return options + overrides
+
+
+_VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--cfg", "-c"}
 
 
 def main(
     arguments: Sequence[str] | None = None,  # Hydra's overrides; None: those of the command line
 ) -> int:  # exit status
     "Pretrain from a configuration; a wrong setting or missing data is one sentence and status 2."
-    overrides = hydra_arguments(sys.argv[1:] if arguments is None else arguments)
     # Hydra would leave a log file behind even where it refuses the settings.
-    given, sys.argv = sys.argv, [sys.argv[0], "hydra/job_logging=stdout", *overrides]
+    overrides = ["hydra/job_logging=stdout", *(sys.argv[1:] if arguments is None else arguments)]
+    given, sys.argv = sys.argv, [sys.argv[0], *hydra_arguments(overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _main()
