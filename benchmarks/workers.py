@@ -29,7 +29,7 @@ def main() -> None:
     options = measure.arguments(__doc__)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder, numbers = Path(temporary), itertools.count()
-        pipeline = SeismicDataPipeline(local.archive(folder / "archive", 16, 3.0))
+        pipeline = SeismicDataPipeline(local.archive(folder / "archive", 12, 8.0))
         pools = {n: stack.enter_context(ProcessPoolExecutor(n, get_context("spawn"))) for n in (2, 1)}
 
         def build(workers: int) -> Path:
@@ -39,7 +39,7 @@ def main() -> None:
 
         def gate(results: dict[str, Path]) -> str:
             two, one = (contents(path) for path in results.values())
-            assert two == one and len(two) == 2 + 2 * 16
+            assert two == one and len(two) == 2 + 2 * 12
             return f"{len(two)} files, {sum(map(len, two.values())) / 1e6:.0f} MB, byte for byte the same"
 
         for workers in (2, 2, 1):  # every process has imported what it needs, and compiled its kernels
