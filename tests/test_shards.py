@@ -471,7 +471,7 @@ def test_a_state_of_other_windows_is_refused(archive):
 def test_shards_on_s3(s3_server, archive, tmp_path, monkeypatch):
     "Written to, verified on and streamed from a real server, with the bytes that a folder would hold."
     s3_server.env(monkeypatch)
-    url, fs = "s3://private/shards", s3_server.fs()
+    url, fs = "s3://private/built", s3_server.fs()
     pipeline = pipeline_of(archive)
     pipeline.create_webdataset(1, url)
     assert {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find(url)} == contents(archive / "shards")

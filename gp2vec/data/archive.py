@@ -446,7 +446,7 @@ def _split_url(url: str) -> tuple[bool, str]:
 
 
 def _open_s3(place: Place, scope: str) -> fsspec.AbstractFileSystem:
-    "A connection of this process alone; it never asks twice on its own: `_ask` does."
+    "A connection of this process alone; it never asks twice on its own: _ask does."
     anonymous = place.credentials == "anonymous"
     endpoint_url = place.endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or None
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
