@@ -749,22 +749,21 @@ def _jumps(x, reach, edge):
     return found[:count]
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-047
-def _joined_tops(x: np.ndarray, found: np.ndarray, rate: float) -> list[tuple[int, int, int]]:
+@njit(cache=True)
+def _joined_tops(x, found, rate):
     """Flat tops without the pairs that are alone at their value, and in stretches."""
-    if not len(found):
-        return []
-    start, stop = found[:, 0], found[:, 1]
-    order = np.lexsort((start, x[start]))
-    near = (np.diff(x[start[order]]) == 0) & (np.diff(start[order]) < rate)
-    company = np.zeros(len(found), dtype=bool)
-    company[order[1:][near]] = company[order[:-1][near]] = True
-    out: list[tuple[int, int, int]] = []
-    for a, b in found[company | (stop - start > 2), :2].tolist():
-        if out and a - out[-1][1] < 0.1 * rate:
-            out[-1] = (out[-1][0], b, 1)
+    values, keep, out, count = x[found[:, 0]], found[:, 1] - found[:, 0] > 2, np.empty_like(found), 0
+    order = np.argsort(values, kind="mergesort")  # keeps the order of time among equals
+    for i, j in zip(order[:-1], order[1:]):  # noqa: B905  numba knows no `strict`
+        if values[i] == values[j] and found[j, 0] - found[i, 0] < rate:
+            keep[i] = keep[j] = True
+    for i in np.flatnonzero(keep):
+        if count and found[i, 0] - out[count - 1, 1] < 0.1 * rate:
+            out[count - 1, 1] = found[i, 1]
         else:
-            out.append((a, b, 1))
-    return out
+            out[count] = found[i]
+            count += 1
+    return out[:count]
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-048
 def find_flaws(
@@ -780,7 +779,7 @@ def find_flaws(
         x = segment.data[row]
         edge = _LEVELS * _digitiser_step(x, 1.0 if x.dtype.kind in "iu" else 0.0)
         tops = _joined_tops(x, _tops(x, flat, edge), rate)
-        rows = [*_flats(x, flat).tolist(), *tops, *_jumps(x, reach, edge).tolist()]
+        rows = [*_flats(x, flat).tolist(), *tops.tolist(), *_jumps(x, reach, edge).tolist()]
         out += [Flaw(int(row), start, stop, names[kind]) for start, stop, kind in rows]
     return tuple(sorted(out))
 
