@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from mutants import BOMBS, numbered, originals
 
+from gp2vec.data.preprocessing import REASONS, decode
+
 PROGRAM = Path(__file__).with_name("mutants.py")
 
 
@@ -50,6 +52,12 @@ def test_ten_thousand_mutants(tmp_path):
 def test_fresh_mutants(tmp_path):
     "Others every time; the seed is printed."
     decode_mutants(random.SystemRandom().randrange(2**31), 20_000, tmp_path)
+
+
+def test_records_that_are_good_only_beside_others():
+    "Found by fresh seeds: what can be joined neither with the rest nor read alone is told as lost."
+    found = decode(numbered(2010259621, 10894, originals()))
+    assert found.lost and {lost.reason for lost in found.lost} <= set(REASONS)
 
 
 def test_mutants_differ():

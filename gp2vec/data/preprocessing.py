@@ -280,8 +280,12 @@ def _salvage(data: bytes, window: tuple[int, int] | None) -> Decoded:
     if good:
         try:
             traces += _unpack(b"".join(data[a : a + n] for a, n in good), window)
-        except _DamageError:  # good one by one, but of kinds that cannot be joined
-            traces += [trace for a, n in good for trace in _unpack(data[a : a + n], window)]
+        except _DamageError:  # good beside their neighbours, but of kinds that cannot be joined
+            for offset, length in good:
+                try:
+                    traces += _unpack(data[offset : offset + length], window)
+                except _DamageError as error:
+                    lost.append(Lost(error.reason, offset, length, error.detail))
     ordered = sorted(traces, key=lambda trace: (trace.id, trace.stats.starttime.ns))
     return Decoded(Stream(ordered), tuple(sorted(lost, key=lambda item: item.offset)))
 
