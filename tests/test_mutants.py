@@ -49,6 +49,7 @@ def test_ten_thousand_mutants(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("GP2VEC_FRESH"), reason="other mutants every time: GP2VEC_FRESH=1 asks for them")
 def test_fresh_mutants(tmp_path):
     "Others every time; the seed is printed."
     decode_mutants(random.SystemRandom().randrange(2**31), 20_000, tmp_path)
