@@ -6,11 +6,9 @@ Forward alone and forward with backward, float32 and bfloat16, at the shapes of 
 without a padding mask. Times are of CPU: on another device they say nothing unless it is waited for, as here.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
-from measure import compare
+from measure import compare, parser
 
 from gp2vec.models.transformer import attention_kernel, attention_weights
 
@@ -46,10 +44,9 @@ def step(attend, qkv, mask, backward):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--device", default="cpu")
+    args = options.parse_args()
     torch.set_num_threads(1)
     for name, (windows, frames, heads, width) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
@@ -67,9 +64,8 @@ def main():
                         "product": lambda q=qkv, m=mask, b=backward: step(plain, q, m, b),
                     }
                     chosen = attention_kernel(args.device, dtype, frames, backward)
-                    compare(
-                        f"attention, {what}", dict(sorted(sides.items(), key=lambda s: s[0] != chosen)), args.rounds
-                    )
+                    sides = dict(sorted(sides.items(), key=lambda side: side[0] != chosen))
+                    compare(f"attention, {what}", sides, args.rounds, out=args.json)
 
 
 if __name__ == "__main__":

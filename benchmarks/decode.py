@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import obspy
-from measure import arguments, compare
+from measure import compare, parser
 from pymseed import MS3TraceList
 
 from gp2vec.data.preprocessing import decode
@@ -54,7 +54,7 @@ def gate(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__)
+    options = parser(__doc__).parse_args()
     objects = {f"synthetic day, {n} B records": synthetic_day(n) for n in (512, 4096)}
     real = real_object()
     if real:

@@ -6,25 +6,21 @@ gp2vec in float32 and with bfloat16 weights; the peer in float32 and in bfloat16
 too: the last line compares our faster with each of theirs. Bfloat16 ratios hold on CPUs with AMX.
 """
 
-import argparse
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import compare
+from measure import compare, parser
 from peer import SHAPES, ours, peer, same_weights
 
 from gp2vec.models.gp2vec import normalise
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="base149", choices=list(SHAPES))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to which rows are appended")
-    args = parser.parse_args()
+    options = parser(__doc__, 3)
+    options.add_argument("--shape", default="base149", choices=list(SHAPES))
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    args = options.parse_args()
     torch.set_num_threads(1)
     model, theirs = ours(args.shape).eval(), peer(args.shape).eval()
     same_weights(model, theirs)

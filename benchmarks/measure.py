@@ -46,12 +46,18 @@ def versions() -> dict[str, str]:
     return out
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    "The options that every benchmark has: --rounds and --json."
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which the median counts")
-    parser.add_argument("--json", type=Path, help="file to which a row is appended")
-    return parser.parse_args()
+def parser(
+    description: str | None,  # the script's docstring
+    rounds: int = 5,  # unless asked for otherwise
+    **numbers: int,  # further options that are whole numbers, and their defaults
+) -> argparse.ArgumentParser:  # to which a script may add options of its own
+    "The options that every benchmark has, --rounds and --json, and some numbers."
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds, of which the median counts")
+    made.add_argument("--json", type=Path, help="file to which a row is appended")
+    for name, value in numbers.items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    return made
 
 
 def _once(side: Callable[[], Any]) -> tuple[float, float]:

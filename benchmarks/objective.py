@@ -6,12 +6,9 @@ Both sides get the same states, quantised vectors, codes, mask and distractors. 
 about 8 GB; the ratio hardly depends on the batch, so a smaller one tells the same.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from measure import compare
+from measure import compare, parser
 from peak import peak_memory
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
 
@@ -55,11 +52,7 @@ def inputs(batch, frames, count, width=256, words=320):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"batch": 16, "frames": 742, "negatives": 100, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", type=Path, help="file to which rows are appended")
-    args = parser.parse_args()
+    args = parser(__doc__, batch=16, frames=742, negatives=100).parse_args()
     states, quantised, mask, codes, negatives, index = inputs(args.batch, args.frames, args.negatives)
     torch.set_num_threads(1)
 

@@ -7,12 +7,9 @@ components. Both sides draw their own Gumbel noise, get the same mask and distra
 in bfloat16 autocast; each against the peer in the same type and against the peer's better one.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
-from measure import compare
+from measure import compare, parser
 from peer import SHAPES, hf, ours, peer, same_weights
 
 from gp2vec.models.gp2vec import normalise
@@ -85,13 +82,10 @@ def against_peer(shape, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="where our float32 step spends its time")
-    parser.add_argument("--json", type=Path, help="file to which rows are appended")
-    args = parser.parse_args()
+    options = parser(__doc__, 3, batch=4)
+    options.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    options.add_argument("--profile", action="store_true", help="where our float32 step spends its time")
+    args = options.parse_args()
     torch.set_num_threads(1)
     for shape in args.shapes:
         if args.profile:

@@ -119,7 +119,7 @@ def lit_copy(folder: Path, samples: list[dict]) -> str:
 
 
 def main() -> None:
-    options = measure.arguments(__doc__)
+    options = measure.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pipeline = SeismicDataPipeline(archive(folder / "archive", 6, 4.0))

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import obspy
-from measure import arguments, compare
+from measure import compare, parser
 
 from gp2vec.data.preprocessing import remove_response
 
@@ -25,7 +25,7 @@ def day() -> obspy.Trace:
 
 
 if __name__ == "__main__":
-    options, trace, inventory = arguments(__doc__), day(), obspy.read_inventory()
+    options, trace, inventory = parser(__doc__).parse_args(), day(), obspy.read_inventory()
 
     @lru_cache(maxsize=4)
     def curve(frequencies: bytes) -> np.ndarray:

@@ -3,22 +3,15 @@
 usage: python benchmarks/sampling.py [--batch 64] [--frames 742] [--negatives 100] [--rounds 21]
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from measure import compare
+from measure import compare, parser
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 
 from gp2vec.models.gp2vec import sample_negatives, span_mask
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"batch": 64, "frames": 742, "negatives": 100, "rounds": 21}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", type=Path, help="file to which rows are appended")
-    args = parser.parse_args()
+    args = parser(__doc__, 21, batch=64, frames=742, negatives=100).parse_args()
     torch.set_num_threads(1)
     shape = (args.batch, args.frames)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import obspy
-from measure import arguments, compare
+from measure import compare, parser
 
 from gp2vec.data.preprocessing import PreprocessingConfig, Segment, normalise_windows, prepare
 
@@ -46,7 +46,7 @@ def gate(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    options, data = arguments(__doc__), waveforms()
+    options, data = parser(__doc__).parse_args(), waveforms()
     names = ("HHZ", "HHN", "HHE")
     parts = [Segment("XX", "S", "", "HH", 0, RATE, x, np.ones(3, bool), names, native_rate=RATE) for x in data]
     header = {"network": "XX", "station": "S", "sampling_rate": RATE}

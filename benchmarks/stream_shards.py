@@ -24,7 +24,7 @@ from gp2vec.data.datapipes import SeismicDataPipeline, ShardDataset
 
 
 def main() -> None:
-    options = measure.arguments(__doc__)
+    options = measure.parser(__doc__).parse_args()
     binary = Path(sys.executable).with_name("weed")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -6,7 +6,7 @@ half, each component without its mean, one scale for the three. gp2vec also look
 
 import numpy as np
 import obspy
-from measure import arguments, compare
+from measure import compare, parser
 from scipy import signal
 
 from gp2vec.data.preprocessing import PreprocessingConfig, normalise_windows, prepare, segments, window_grid
@@ -76,7 +76,7 @@ def gate(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    options, stream = arguments(__doc__), day()
+    options, stream = parser(__doc__).parse_args(), day()
     sides = {
         "gp2vec": lambda: ours(stream),
         "ObsPy": lambda: with_obspy(stream),

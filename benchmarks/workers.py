@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    options = measure.arguments(__doc__)
+    options = measure.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder, numbers = Path(temporary), itertools.count()
         pipeline = SeismicDataPipeline(local.archive(folder / "archive", 12, 8.0))
