@@ -19,7 +19,7 @@ SKIPPED = set(get_config(path=ROOT).tst_flags.split())
 
 
 def test_there_are_notebooks():
-    assert {"index", "00_data.embedded", "17_cli"} <= {name(p) for p in notebooks()}
+    assert {"index", "00_data.embedded", "22_cli"} <= {name(p) for p in notebooks()}
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=name)
