@@ -246,18 +246,25 @@ def test_replaced_object(s3_server, fault_proxy, bodies, whole):
 
 
 def test_outage_is_survived(fault_proxy, bodies, caplog):
-    "A minute without an answer, here a second of a fifth of the budget: the work goes on, and the log tells it once."
+    "Seven requests in a row without an answer: the work goes on, and the log tells it once."
     caplog.set_level(logging.WARNING, "gp2vec")
     store = behind(fault_proxy, "public/faults", retry=Retry(budget=10.0, first=0.01, longest=0.1, timeout=1.0))
-    end = threading.Timer(1.5, fault_proxy.clear)
     for mode in ("reset", "503"):
         before = fault_proxy.faults[mode]
         fault_proxy.inject(mode, -1)
-        end = threading.Timer(1.5, fault_proxy.clear)
+
+        def heal(mode=mode, before=before):
+            "A busy machine may take its time over the first requests: end when enough have failed."
+            began = time.monotonic()
+            while fault_proxy.faults[mode] - before < 7 and time.monotonic() - began < 8:
+                time.sleep(0.05)
+            fault_proxy.clear()
+
+        end = threading.Thread(target=heal)
         end.start()
-        began = time.monotonic()
         assert store.read("large") == bodies["large"]
-        assert time.monotonic() - began > 1.4 and fault_proxy.faults[mode] - before > 6
+        end.join()
+        assert fault_proxy.faults[mode] - before >= 7
     assert len(caplog.records) == 2, caplog.text
 
 
