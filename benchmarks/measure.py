@@ -75,6 +75,7 @@ def compare(
     rounds: int = 5,  # of each side
     gate: Callable[[dict[str, Any]], str] | None = None,  # asserts on the results by name, says what holds
     out: Path | None = None,  # file to which the row is appended as JSON
+    **more: Any,  # whatever else the row is to say
 ) -> dict[str, Any]:  # the row
     "Run each side once for the gate and to warm up, then `rounds` times in turn; print and return medians and ratios."
     load = os.getloadavg()[0]
@@ -84,7 +85,7 @@ def compare(
         for name, side in sides.items():
             times[name].append(_once(side))
     result: dict[str, Any] = {"row": row, "gate": holds, "rounds": rounds, "load": [load, os.getloadavg()[0]]}
-    result |= {"machine": machine(), "versions": versions(), "sides": {}}
+    result |= {"machine": machine(), "versions": versions(), "sides": {}} | more
     print(f"{row}\n  gate: {holds or 'none'}\n  load {load:.1f} -> {os.getloadavg()[0]:.1f}; {result['machine']}")
     ours = next(iter(sides))
     base = [statistics.median(t[i] for t in times[ours]) for i in (0, 1)]

@@ -4,13 +4,17 @@ usage: python benchmarks/pretraining_step.py [--shapes seislm small base149 base
 
 Shapes: seislm (T 749), small (T 371), small149, base149 (T 149), base (T 742). Windows of 30 s at 100 Hz with three
 components. Both sides draw their own Gumbel noise, get the same mask and distractors, and are compared in float32 and
-in bfloat16 autocast; each against the peer in the same type and against the peer's better one.
+in bfloat16 autocast; each against the peer in the same type and against the peer's better one. Floating-point
+operations are those of products and convolutions, and told as a share of what a large product reaches here.
 """
+
+import time
 
 import numpy as np
 import torch
 from measure import compare, parser
 from peer import SHAPES, hf, ours, peer, same_weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from gp2vec.models.gp2vec import normalise
 
@@ -57,6 +61,24 @@ def steps(model, theirs, waveforms, dtype):
     return {"gp2vec": mine, "Hugging Face": other}
 
 
+def operations(run):
+    "Floating-point operations of products and convolutions in one run."
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak(dtype, size=1024, repeats=7):
+    "Floating-point operations per second of a large matrix product: the best of some."
+    a, b = torch.randn(2, size, size).to(dtype)
+    spent = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        a @ b
+        spent.append(time.process_time() - begin)
+    return 2 * size**3 / min(spent)
+
+
 def against_peer(shape, args):
     "Time both sides in both types."
     model, theirs = ours(shape), peer(shape)
@@ -73,11 +95,16 @@ def against_peer(shape, args):
             sides[f"{side} {name}"] = run
     row = f"pretraining step, {shape}, T {model.frame_count(3000)}, B {args.batch}"
     holds = f"without noise the same loss, {found:.5f}, to {abs(found / expected - 1):.0e}"
-    made = compare(row, sides, args.rounds, lambda first: holds, args.json)
+    more = {"flops": operations(sides["gp2vec float32"]), "peak": {name: peak(dtype) for name, dtype in TYPES.items()}}
+    made = compare(row, sides, args.rounds, lambda first: holds, args.json, **more)
     seconds = {name: side["cpu"] for name, side in made["sides"].items()}
     ours_at, theirs_at = ([seconds[f"{side} {name}"] for name in TYPES] for side in ("gp2vec", "Hugging Face"))
     for name, mine, other in zip(TYPES, ours_at, theirs_at, strict=True):
-        print(f"  {name}: {other / mine:.2f} times the peer, {args.batch / mine:.2f} windows/s")
+        share = more["flops"] / mine / more["peak"][name]
+        print(
+            f"  {name}: {other / mine:.2f} times the peer, {args.batch / mine:.2f} windows/s, "
+            f"{more['flops'] / mine / 1e9:.0f} GFLOP/s, {share:.0%} of {more['peak'][name] / 1e9:.0f} of a product"
+        )
     print(f"  best setting against the peer's best {min(theirs_at) / min(ours_at):.2f}")
 
 
