@@ -35,7 +35,7 @@ from gp2vec.train.pretraining import (
     SchedulerConfig,
     TrainConfig,
     WindowData,
-    fixed_exam,
+    questions,
 )
 from gp2vec.train.probes import (
     LabelledWindows,
@@ -45,7 +45,7 @@ from gp2vec.train.probes import (
     untrained,
     verdict,
 )
-from .train.train import DataConfig, Prepared, embedded_labels, prepare, pretrain
+from .train.train import DataConfig, Prepared, TrainerConfig, embedded_labels, prepare, pretrain
 
 # %% auto #0
 __all__ = ['DemoConfig', 'count_windows', 'plot_masking', 'plot_curves', 'plot_codes', 'plot_embeddings', 'plot_probe',
@@ -357,10 +357,11 @@ def learn(
     model = GP2VecConfig.preset("tiny")
     windows = WindowData(prepared.train, prepared.val, config.batch_size)
     probe = OnlineProbe(labels, every=config.train.probe_every, layer=config.train.probe_layer)
-    options = {"accelerator": "cpu", "precision": "bf16-mixed"}
-    metrics = pretrain(model, config.train, windows, config.output, None, [probe], progress, **options)[1]
-    folder = Path(config.output)
-    return export_checkpoint(folder / "checkpoints" / "last.ckpt", folder / "model"), metrics
+    machine = TrainerConfig(accelerator="cpu", precision="bf16-mixed")
+    metrics = pretrain(
+        model, config.train, windows, config.output, callbacks=[probe], trainer=machine, progress=progress
+    )[1]
+    return export_checkpoint(config.output, Path(config.output) / "model"), metrics
 
 
 def judge(
@@ -407,7 +408,7 @@ def draw(
     x = torch.stack([s["waveform"] for s in held_out[:64]])
     known = torch.stack([s["component_mask"] for s in held_out[:64]])
     with torch.inference_mode():
-        step = model.eval()(x, component_mask=known, **fixed_exam(model, x, 0))
+        step = model.eval()(x, component_mask=known, **questions(model, range(len(x)), x.shape[-1]))
     some = examples(prepared)
     features = frozen_features(model, labels.waveforms, 0)
     made = {

@@ -45,7 +45,7 @@ def test_leaves_everything_behind(demo):
     assert len(StationMetadataManager.read(folder / "stations.parquet")) > 30
     for part in ("train", "val"):
         verify_shards(folder / "shards" / part)
-    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert (folder / "checkpoints" / f"step={STEPS:09d}.ckpt").exists()
     assert GP2Vec.from_pretrained(folder / "model").config.embed_dim == 192
     steps = pd.read_csv(folder / "metrics.csv").step
     assert steps.max() == STEPS
@@ -72,7 +72,8 @@ def test_counts_real_and_synthetic_windows(demo):
 
 def test_second_run_reuses(demo):
     folder, _ = demo
-    kept = [folder / "checkpoints" / "last.ckpt", folder / "shards" / "train" / "plan.json", folder / "metrics.csv"]
+    saved = folder / "checkpoints" / f"step={STEPS:09d}.ckpt"
+    kept = [saved, folder / "shards" / "train" / "plan.json", folder / "metrics.csv"]
     before = [p.stat().st_mtime_ns for p in kept]
     gp2vec("demo", "--steps", STEPS, "--output", folder)
     assert [p.stat().st_mtime_ns for p in kept] == before

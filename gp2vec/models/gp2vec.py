@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -195,34 +196,89 @@ def code_prediction(
     return Answer(loss, (said == codes).sum() / max(codes.numel(), 1), common, said, logits.shape[-1])
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-033
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text (in quotes: YAML reads NO as no)",
+    type(None): "null",
+}
+
+
+def _refuse(path: str, expected: str, value: Any) -> NoReturn:
+    raise ValueError(f"{path} is {expected}, not {value!r}")
+
+
+def _plain(value: Any, kind: Any, path: str) -> Any:
+    "A number, a word or a switch; 3 is also a number with a point, and 1e4 also a whole one."
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and value == int(value):
+        return int(value)
+    if kind in (int, float) or not isinstance(value, kind):
+        _refuse(path, _KINDS[kind], value)
+    return value
+
+
+def _several(value: Any, kind: Any, path: str) -> Any:
+    "A list, of any length or as long as the tuple of types; or a named tuple, from its names or in their order."
+    named = getattr(kind, "_fields", None)
+    kinds = tuple(get_type_hints(kind).values()) if named else get_args(kind)
+    if named and isinstance(value, Mapping) and set(value) == set(named):
+        value = [value[name] for name in named]
+    if not isinstance(value, list | tuple):
+        _refuse(path, f"{{{', '.join(named)}}}" if named else "a list, such as [1, 2] or [CI, AZ]", value)
+    if kinds[-1] is ...:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        _refuse(path, f"a list of {len(kinds)}", value)
+    made = [_typed(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True))]
+    return kind(*made) if named else tuple(made)
+
+
+def _typed(value: Any, kind: Any, path: str) -> Any:
+    "A value as its field wants it; one of another kind is refused."
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            _refuse(path, "a group of settings", value)
+        return settings_from_dict(cast(type, kind), value, path)
+    if isinstance(kind, UnionType):
+        if type(value) not in get_args(kind):
+            _refuse(path, " or ".join(_KINDS[k] for k in get_args(kind)), value)
+        return value
+    if kind in _KINDS:
+        return _plain(value, kind, path)
+    return _several(value, kind, path)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-034
 def settings_from_dict(
     cls: type,  # a dataclass
     settings: Mapping[str, Any],  # field -> value, nested, as in JSON or YAML
-    path: str,  # where the settings stand, for messages, such as "model"
+    path: str,  # where the settings stand, for messages, such as "model"; "": at the top
 ) -> Any:  # an instance of `cls`
-    "Build a settings dataclass from plain dictionaries; an unknown name is a ValueError that offers the nearest."
-    types, values = get_type_hints(cls), {}
-    for key, value in settings.items():
-        if key not in types:
-            near = get_close_matches(key, types, 1)
+    "Build a settings dataclass from plain dictionaries; a wrong name or type is a ValueError that says where."
+    types = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key in settings:
+        if key not in names:
+            near = get_close_matches(str(key), names, 1)
             raise ValueError(f"{path} has no setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-        if is_dataclass(types[key]) and isinstance(value, Mapping):
-            value = settings_from_dict(types[key], value, f"{path}.{key}")
-        elif isinstance(value, list | tuple):
-            item: Any = next(iter(get_args(types[key])), None)
-            named = isinstance(item, type) and hasattr(item, "_fields")
-            value = tuple((item(**v) if isinstance(v, Mapping) else item(*v)) if named else v for v in value)
-        values[key] = value
-    return cls(**values)
+    above = f"{path}." if path else ""
+    values = {key: _typed(value, types[key], above + key) for key, value in settings.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-035
+# %% ../../nbs/10_models.gp2vec.ipynb #10-036
 def settings_to_dict(
     settings: Any,  # a settings dataclass
 ) -> dict[str, Any]:  # dictionaries, lists, numbers and strings alone
     "Plain dictionaries of a settings dataclass, as `settings_from_dict` reads them."
     return json.loads(json.dumps(asdict(settings)))
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-038
+# %% ../../nbs/10_models.gp2vec.ipynb #10-039
 @dataclass(frozen=True)
 class TasksConfig:
     "Weights of the side tasks in the loss; 0 switches one off."
@@ -245,7 +301,7 @@ class TasksConfig:
         "The tasks that are switched on."
         return {name: weight for name, weight in vars(self).items() if weight}
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-039
+# %% ../../nbs/10_models.gp2vec.ipynb #10-040
 BANDS = tuple(band + instrument for instrument in "HNLPG" for band in "HBESCDGFLMVU")  # families of channels
 CLASSES = {"sampling_rate": 12, "band": len(BANDS), "region": 72}  # name of a task -> number of classes
 
@@ -270,7 +326,7 @@ def task_labels(
         value = place = 12 * row + column.clamp(0, 11)
     return torch.where(value.isfinite(), place, -100).nan_to_num(-100).long()
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-042
+# %% ../../nbs/10_models.gp2vec.ipynb #10-043
 @dataclass(frozen=True)
 class GP2VecConfig:
     "Settings of the model; `GP2VecConfig()` is the base preset."
@@ -332,7 +388,7 @@ class GP2VecConfig:
             raise ValueError(f"presets are {', '.join(PRESETS)}, not {name!r}")
         return replace(PRESETS[name], **changes)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-044
+# %% ../../nbs/10_models.gp2vec.ipynb #10-045
 OBJECTIVES = {  # name -> (quantisers that fit, why no other does)
     "contrastive": (
         ("gumbel", "ema"),
@@ -344,7 +400,7 @@ OBJECTIVES = {  # name -> (quantisers that fit, why no other does)
     ),
 }
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-046
+# %% ../../nbs/10_models.gp2vec.ipynb #10-047
 def _light(channels):
     return EncoderConfig(conv_layers=tuple(ConvLayer(channels, kernel, 2) for kernel in (11, 7, 5)))
 
@@ -367,7 +423,7 @@ PRESETS = {
     "large": GP2VecConfig(embed_dim=1024, context_encoder=ContextConfig(num_layers=24, num_heads=16)),
 }
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-049
+# %% ../../nbs/10_models.gp2vec.ipynb #10-051
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -378,7 +434,7 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         return ctx.factor * gradient, None
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-051
+# %% ../../nbs/10_models.gp2vec.ipynb #10-053
 @dataclass
 class Pretext:
     "One step of pretraining: the loss and what a run has to watch."
@@ -391,7 +447,7 @@ class Pretext:
     mask: Tensor  # which frames were hidden, (B, T) bool
     tasks: dict[str, Tensor] = field(default_factory=dict)  # loss of every side task that is switched on, scalars
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-053
+# %% ../../nbs/10_models.gp2vec.ipynb #10-055
 class TaskHead(nn.Module):
     "A classifier of the mean context at the hidden frames; the adversarial one reverses the gradient that leaves it."
 
@@ -417,7 +473,7 @@ class TaskHead(nn.Module):
         label = task_labels(self.task, metadata, len(context)).to(scores.device)
         return F.cross_entropy(scores, label, ignore_index=-100, reduction="sum") / (label >= 0).sum().clamp_min(1)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-056
+# %% ../../nbs/10_models.gp2vec.ipynb #10-058
 class SpectrogramBranch(nn.Module):
     "Log spectra around the frames, projected to the model's width."
 
@@ -460,7 +516,7 @@ class SpectrogramBranch(nn.Module):
         "Show each frame the spectrum around it."
         return self.project(self.norm(self.spectra(waveforms).flatten(2)))
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-059
+# %% ../../nbs/10_models.gp2vec.ipynb #10-061
 class Backbone(nn.Module):
     "Feature encoder, station encoder and context network."
 
@@ -530,7 +586,7 @@ class Backbone(nn.Module):
         known = dict(metadata or {}) | ({} if log_scale is None else {"log_scale": log_scale})
         return self.station_encoder(known, batch_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-061
+# %% ../../nbs/10_models.gp2vec.ipynb #10-063
 class GP2Vec(
     Backbone,
     PyTorchModelHubMixin,
@@ -588,7 +644,7 @@ class GP2Vec(
             loss = loss + weight * tasks[name]
         return Pretext(loss, answer, target.diversity, penalty, target.codes, mask, tasks)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-062
+# %% ../../nbs/10_models.gp2vec.ipynb #10-064
 def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, negatives: Tensor | None) -> Answer:
     "What the objective of a model makes of the context at the hidden frames, (M, D)."
     config = model.config
@@ -602,7 +658,7 @@ def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, n
     chance = loss.new_tensor(1 / (1 + negatives.shape[-1]))
     return Answer(loss, accuracy, chance, target.codes, config.quantizer.codebook_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-064
+# %% ../../nbs/10_models.gp2vec.ipynb #10-066
 class Encode(nn.Module):
     "`encode` as a module, for `torch.export`, ONNX and other programs; batch and length may be dynamic."
 

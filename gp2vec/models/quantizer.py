@@ -90,7 +90,26 @@ class Quantized:
         "Hard perplexity: as many codewords, used equally, would be as diverse."
         return hard_perplexity(self.codes, self.codebook_size)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-017
+# %% ../../nbs/07_models.quantizer.ipynb #07-018
+class _SumOverProcesses(torch.autograd.Function):
+    "Sum over the processes of a run; the gradient of what is made of it is the sum of theirs."
+
+    @staticmethod
+    def forward(ctx, x):
+        return _over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _over_processes(gradient.clone())
+
+
+def _over_processes(x):
+    "Sum over the processes of a run; `x` itself where there is one."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-019
 class GumbelQuantizer(nn.Module):
     "Product quantiser with Gumbel-softmax choice ([wav2vec 2.0](https://arxiv.org/abs/2006.11477), section 2)."
 
@@ -126,16 +145,16 @@ class GumbelQuantizer(nn.Module):
                 choice = ((logits + noise) / self.temperature).softmax(-1)
             codes = choice.argmax(-1)
             hard = F.one_hot(codes, size).to(choice.dtype)
+            share, count, vote = hard.sum(0), hard.new_tensor(len(hard)), hard
             if self.training:  # forward the hard choice, backward the soft one
-                used, vote = soft, hard + choice - choice.detach()
-            else:
-                used = vote = hard
+                share, count = _SumOverProcesses.apply(soft.sum(0)), _over_processes(count)
+                vote = hard + choice - choice.detach()
             vectors = torch.einsum("mgv,gvd->mgd", vote, self.codevectors).flatten(1)
-            share = used.sum(0) / max(len(used), 1)
+            share = share / count.clamp_min(1)
             perplexity = torch.exp(-torch.xlogy(share, share).sum(-1)).sum()
         return Quantized(codes, vectors, 1 - perplexity / (groups * size), logits.new_zeros(()), size)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-022
+# %% ../../nbs/07_models.quantizer.ipynb #07-024
 def log_spectra(
     waveforms: Tensor,  # normalised waveforms, (B, C, N)
     window: int,  # samples around the centre of a frame
@@ -150,7 +169,7 @@ def log_spectra(
     hann = torch.hann_window(window, device=waveforms.device)
     return torch.fft.rfft(pieces * hann).abs()[..., 1:].clamp_min(1e-3).log().transpose(1, 2)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-025
+# %% ../../nbs/07_models.quantizer.ipynb #07-027
 class RandomProjectionQuantizer(nn.Module):
     "Frozen codes of short-time spectra ([BEST-RQ](https://arxiv.org/abs/2202.01855)); the waveform alone decides."
 
@@ -216,14 +235,7 @@ class RandomProjectionQuantizer(nn.Module):
         nothing = codes.new_zeros((), dtype=torch.float32)
         return Quantized(codes, None, nothing, nothing, self.codevectors.shape[1])
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-030
-def _over_processes(x):
-    "Sum over the processes of a run; `x` itself where there is one."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x)
-    return x
-
-
+# %% ../../nbs/07_models.quantizer.ipynb #07-032
 def _place_among_processes(count, device):
     "Frames of all processes, and how many of them belong to processes before this one."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -254,14 +266,43 @@ def _draw_over_processes(frames, size, seed):
         found[mine] = frames[order[mine], group[mine]]
     return _over_processes(found), total
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-031
-class EMAQuantizer(nn.Module):
-    "Running product k-means of the frames ([VQ-VAE](https://arxiv.org/abs/1711.00937), appendix A)."
+# %% ../../nbs/07_models.quantizer.ipynb #07-033
+class _MovingMeans(nn.Module):
+    "Codewords that follow the frames that chose them, alike in all processes."
 
+    decay: float  # share of the old averages that a step keeps
+    revive_below: float  # use below which a codeword is placed anew, in mean uses
     codevectors: Tensor  # (G, V, D / G)
     counts: Tensor  # frames per step that choose each codeword, moving average, (G, V)
     sums: Tensor  # their sum, moving average, (G, V, D / G)
     steps: Tensor  # steps of training so far
+
+    @torch.no_grad()
+    def _update(self, frames, codes):
+        "Move the averages; those of all processes stay equal. Returns how many frames chose each codeword, (G, V)."
+        chosen = F.one_hot(codes, self.codevectors.shape[1]).to(frames.dtype)
+        count = _over_processes(chosen.sum(0))
+        self.counts.lerp_(count, 1 - self.decay)
+        self.sums.lerp_(_over_processes(torch.einsum("mgv,mgd->gvd", chosen, frames)), 1 - self.decay)
+        used, mean = (self.counts > 0)[..., None], self.sums / self.counts.clamp_min(1e-12)[..., None]
+        self.codevectors = torch.where(used, mean, self.codevectors)  # a new tensor: the old one is in the graph
+        self.steps += 1
+        return count
+
+    @torch.no_grad()
+    def _revive(self, frames):
+        "Place codewords that are hardly used on frames, as if used as often as others."
+        dead = self.counts <= self.revive_below * self.counts.mean(-1, keepdim=True)
+        if dead.any():
+            found, total = _draw_over_processes(frames, dead.shape[1], int(self.steps))
+            use, dead = total / dead.shape[1], dead & (total > 0)
+            self.codevectors = torch.where(dead[..., None], found, self.codevectors)
+            self.counts = torch.where(dead, use, self.counts)
+            self.sums = torch.where(dead[..., None], found * use, self.sums)
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-034
+class EMAQuantizer(_MovingMeans):
+    "Running product k-means of the frames ([VQ-VAE](https://arxiv.org/abs/1711.00937), appendix A)."
 
     def __init__(
         self,
@@ -289,38 +330,21 @@ class EMAQuantizer(nn.Module):
         groups, size, _ = self.codevectors.shape
         with torch.autocast(features.device.type, enabled=False):
             frames = features[mask].to(self.codevectors.dtype).unflatten(-1, (groups, -1))
+            known = frames.detach()
+            fine = known.isfinite().flatten(1).all(1)  # one overflow would stay in the averages for ever
             if self.training:
-                self._revive(frames.detach())
-            codes, words = _nearest(frames.detach(), self.codevectors)
+                self._revive(known[fine])
+            codes, words = _nearest(known, self.codevectors)
             vectors = (frames + (words - frames).detach()).flatten(1)
             commitment = (frames - words).square().sum() / max(frames.numel(), 1)
-            if self.training:
-                self._update(frames.detach(), codes)
             perplexity = hard_perplexity(codes, size).nan_to_num(1.0).sum()
+            if self.training:
+                count = self._update(known[fine], codes[fine])
+                share = count / count.sum(-1, keepdim=True).clamp_min(1)
+                perplexity = torch.exp(-torch.xlogy(share, share).sum(-1)).sum()
         return Quantized(codes, vectors, 1 - perplexity / (groups * size), commitment, size)
 
-    @torch.no_grad()
-    def _update(self, frames, codes):
-        "Move the averages; those of all processes stay equal."
-        chosen = F.one_hot(codes, self.codevectors.shape[1]).to(frames.dtype)
-        self.counts.lerp_(_over_processes(chosen.sum(0)), 1 - self.decay)
-        self.sums.lerp_(_over_processes(torch.einsum("mgv,mgd->gvd", chosen, frames)), 1 - self.decay)
-        used, mean = (self.counts > 0)[..., None], self.sums / self.counts.clamp_min(1e-12)[..., None]
-        self.codevectors = torch.where(used, mean, self.codevectors)  # a new tensor: the old one is in the graph
-        self.steps += 1
-
-    @torch.no_grad()
-    def _revive(self, frames):
-        "Place codewords that are hardly used on frames, as if used as often as others."
-        dead = self.counts <= self.revive_below * self.counts.mean(-1, keepdim=True)
-        if dead.any():
-            found, total = _draw_over_processes(frames, dead.shape[1], int(self.steps))
-            use, dead = total / dead.shape[1], dead & (total > 0)
-            self.codevectors = torch.where(dead[..., None], found, self.codevectors)
-            self.counts = torch.where(dead, use, self.counts)
-            self.sums = torch.where(dead[..., None], found * use, self.sums)
-
-# %% ../../nbs/07_models.quantizer.ipynb #07-038
+# %% ../../nbs/07_models.quantizer.ipynb #07-041
 def build_quantizer(
     config: QuantizerConfig,  # settings
     dim: int,  # width of the encoder's frames

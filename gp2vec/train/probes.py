@@ -14,6 +14,7 @@ import numpy as np
 import obspy
 import pandas as pd
 import torch
+from safetensors.numpy import load_file, save_file
 from scipy import signal, stats
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
@@ -22,8 +23,9 @@ from ..data.preprocessing import PreprocessingConfig, Segment, normalise_windows
 from ..models.gp2vec import GP2Vec, GP2VecConfig
 
 # %% auto #0
-__all__ = ['LabelledWindows', 'label_windows', 'pool', 'frozen_features', 'untrained', 'handcrafted', 'crossed_folds',
-           'LinearProbe', 'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'compare_arms', 'verdict']
+__all__ = ['LabelledWindows', 'label_windows', 'LabelledOnsets', 'label_onsets', 'read_onsets', 'pool', 'frozen_features',
+           'untrained', 'handcrafted', 'sites', 'audit_split', 'crossed_folds', 'split_parts', 'LinearProbe',
+           'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'compare_arms', 'verdict']
 
 # %% ../../nbs/11_train.probes.ipynb #11-006
 @dataclass
@@ -53,6 +55,15 @@ class LabelledWindows:
         "Windows with some labels."
         keep = self.table.label.isin(labels).to_numpy()
         return LabelledWindows(self.waveforms[keep], self.table[keep].reset_index(drop=True), self.sampling_rate)
+
+    @classmethod
+    def join(
+        cls,
+        parts: Sequence[LabelledWindows],  # one or more, of one length
+    ) -> LabelledWindows:  # all windows, in order
+        "Several collections as one."
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        return cls(np.concatenate([part.waveforms for part in parts]), table, parts[0].sampling_rate)
 
     def write(
         self,
@@ -130,28 +141,241 @@ def label_windows(
     return LabelledWindows(np.stack(waveforms), table, config.sampling_rate)
 
 # %% ../../nbs/11_train.probes.ipynb #11-015
+@dataclass
+class LabelledOnsets:
+    "Prepared records with the samples of their onsets."
+
+    records: list[Segment]  # filtered, at `sampling_rate`, one per row of the table
+    table: pd.DataFrame  # event_id network station, P and S (samples, NaN unknown), time (UTC ns, 0 unknown), and more
+    sampling_rate: float = 100.0  # Hz
+
+    def __post_init__(self):
+        "Refuse records and tables that do not belong together."
+        missing = {"event_id", "network", "station", "P", "S", "time"} - set(self.table)
+        if missing or len(self.records) != len(self.table):
+            raise ValueError(
+                f"labelled onsets need a table row per record with event_id, network, station, P, S and time; "
+                f"got {len(self.records)} records, {len(self.table)} rows, missing {sorted(missing) or 'nothing'}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(
+        self,
+        rows: np.ndarray,  # numbers of rows, or (n,) bool
+    ) -> LabelledOnsets:  # those records, in that order
+        "Some of the records."
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=int)
+        table = self.table.iloc[rows].reset_index(drop=True)
+        return LabelledOnsets([self.records[i] for i in rows], table, self.sampling_rate)
+
+    def picked(self) -> LabelledOnsets:  # in the same order
+        "The records that have an onset."
+        return self.take(self.table[["P", "S"]].notna().any(axis=1).to_numpy())
+
+    def crops(
+        self,
+        length: float = 30.0,  # s
+        place: tuple[float, float] = (0.1, 0.9),  # where the first onset may lie, shares of the length
+        seed: int = 0,  # of the places
+    ) -> LabelledWindows:  # labels "event" and "noise"; P and S in s from its start, NaN outside; P_known, S_known
+        "One window per event with its first onset at a random place, and one without an onset where there is room."
+        rng, config = np.random.default_rng(seed), PreprocessingConfig(self.sampling_rate, length)
+        return _gather(_crops(self, rng, length, place), config, f"{len(self)} records of events")
+
+    def windows(
+        self,
+        length: float = 10.0,  # s
+        place: tuple[float, float] = (2.0, 8.0),  # where in the window the onset lies, uniformly, s
+        seed: int = 0,  # of the onsets' places
+    ) -> LabelledWindows:  # labels "P", "S", "noise", and "event" for records without a known onset
+        "Windows with one onset, or none, as of `label_windows`."
+        rng, config = np.random.default_rng(seed), PreprocessingConfig(self.sampling_rate, length)
+        return _gather(_phase_windows(self, rng, length, place), config, f"{len(self)} records of events")
+
+# %% ../../nbs/11_train.probes.ipynb #11-017
+def _row(pick, record, label, first, rate, **known):
+    "A candidate window: record, start in ns, what the table says of it."
+    start = record.starttime + round(first * 1e9 / rate)
+    return record, start, pick._asdict() | {"label": label, "start": start} | known
+
+
+def _crops(onsets: LabelledOnsets, rng, length: float, place: tuple[float, float]):
+    "Candidate windows of `crops`."
+    rate, samples = onsets.sampling_rate, round(length * onsets.sampling_rate)
+    for pick, record in zip(onsets.table.itertuples(), onsets.records, strict=True):
+        at = np.array([pick.P, pick.S], dtype=float)
+        room = record.data.shape[1] - samples
+        if room < 0 or np.isnan(at).all():
+            continue
+        first = int(np.clip(np.nanmin(at) - rng.uniform(*place) * samples, 0, room))
+        inside = (at - first) / rate
+        inside = np.where((inside >= 0) & (inside < length), inside, np.nan)
+        known = {"P_known": not np.isnan(pick.P), "S_known": not np.isnan(pick.S)}
+        yield _row(pick, record, "event", first, rate, P=inside[0], S=inside[1], **known)
+        # The filter of a step before P is quiet: half a second is left before the onset.
+        quiet = int(np.nanmin(at) - 0.5 * rate) - samples
+        if quiet >= 0 and np.isfinite(pick.P):  # before an S alone there is a P that nobody picked
+            yield _row(
+                pick, record, "noise", rng.integers(quiet + 1), rate, P=np.nan, S=np.nan, P_known=True, S_known=True
+            )
+
+
+def _phase_windows(onsets: LabelledOnsets, rng, length: float, place: tuple[float, float]):
+    "Candidate windows of `windows`."
+    rate, samples = onsets.sampling_rate, round(length * onsets.sampling_rate)
+    for pick, record in zip(onsets.table.itertuples(), onsets.records, strict=True):
+        room = record.data.shape[1] - samples
+        if np.isnan([pick.P, pick.S]).all() and room >= 0:
+            # Nobody says where the event is; its largest motion does.
+            peak = np.abs(record.data).max(0).argmax() - rng.uniform(*place) * rate
+            yield _row(pick, record, "event", int(np.clip(peak, 0, room)), rate, onset=np.nan)
+        for label, other in (("P", pick.S), ("S", pick.P)):
+            at, onset = getattr(pick, label), rng.uniform(*place)
+            first = at - onset * rate
+            if 0 <= first <= room and not (first - rate < other < first + samples):
+                yield _row(pick, record, label, round(first), rate, onset=(at - round(first)) / rate)
+        quiet = pick.P - (1 + rng.uniform(0, 2)) * rate - samples
+        if quiet >= 0:
+            yield _row(pick, record, "noise", round(quiet), rate, onset=np.nan)
+
+
+def _gather(candidates, config: PreprocessingConfig, what: str) -> LabelledWindows:
+    "Cut candidates into labelled windows; those that a gap or a flaw spoils are left out."
+    waveforms, rows = [], []
+    for record, start, row in candidates:
+        cut = _cut(record, start, config)
+        if cut is not None:
+            waveforms.append(cut[0])
+            rows.append(row | {"log_scale": cut[1]})
+    if not rows:
+        raise ValueError(f"none of {what} has a usable window of {config.window_length:g} s: give longer records")
+    return LabelledWindows(np.stack(waveforms), pd.DataFrame(rows).drop(columns="Index"), config.sampling_rate)
+
+# %% ../../nbs/11_train.probes.ipynb #11-019
+def label_onsets(
+    stream: obspy.Stream,  # continuous records in counts
+    picks: pd.DataFrame,  # event_id network station phase time (ns) snr, and more columns to keep
+    before: float = 40.0,  # most that is kept before the first onset, s
+    after: float = 40.0,  # most that is kept after the last, s
+    min_snr: float = 2.0,  # events whose weakest onset is weaker are left out
+    config: PreprocessingConfig = PreprocessingConfig(),  # noqa: B008  frozen, so safe to share
+) -> LabelledOnsets:  # a record per event and station
+    "Cut one record per event and station around its picks, free of the onsets of other events."
+    records, rows = [], []
+    for segment in segments(stream, config)[0]:
+        mine = picks[(picks.network == segment.network) & (picks.station == segment.station)]
+        ready = prepare(segment, config)
+        rate, begin, end = ready.sampling_rate, ready.starttime, ready.starttime + round(ready.duration * 1e9)
+        for event, group in mine.groupby("event_id", sort=False):
+            first, last = group.time.min(), group.time.max()
+            others = mine.time[mine.event_id != event].to_numpy()
+            start = max(first - int(before * 1e9), begin, int(others[others <= first].max(initial=0)) + 10**10)
+            stop = min(last + int(after * 1e9), end, int(others[others > first].min(initial=end)) - 10**9)
+            if group.snr.min() < min_snr or not start < first <= last < stop:
+                continue
+            a, b = (round((t - begin) * 1e-9 * rate) for t in (start, stop))
+            records.append(_part(ready, a, b))
+            at = {p: (t - records[-1].starttime) * 1e-9 * rate for p, t in zip(group.phase, group.time, strict=True)}
+            row = group.iloc[0].to_dict() | {"time": int(first), "snr": float(group.snr.min())}
+            rows.append({"P": np.nan, "S": np.nan} | row | at)
+    table = pd.DataFrame(rows, columns=None if rows else [*picks.columns, "P", "S"])
+    return LabelledOnsets(records, table, config.sampling_rate)
+
+
+def _part(segment: Segment, first: int, stop: int) -> Segment:
+    "Samples `first` to `stop` of a prepared segment, with the flaws that reach into them."
+    flaws = [f._replace(start=max(f.start, first) - first, stop=min(f.stop, stop) - first) for f in segment.flaws
+             if f.start < stop and f.stop > first]  # fmt: skip
+    start = segment.starttime + round(first * 1e9 / segment.sampling_rate)
+    return replace(segment, data=segment.data[:, first:stop], starttime=start, flaws=tuple(flaws))
+
+# %% ../../nbs/11_train.probes.ipynb #11-021
+def _record_times(table: pd.DataFrame) -> np.ndarray:
+    "UTC nanoseconds of each record, from `start_time` or from the name of its file; 0 where neither is known."
+    digits = table.trace_file.str.extract(r"(\d{14})\d*[^/]*$")[0]
+    time = pd.to_datetime(digits, format="%Y%m%d%H%M%S", utc=True, errors="coerce")
+    if "start_time" in table:
+        time = pd.to_datetime(table.start_time, utc=True, format="mixed", errors="coerce").fillna(time)
+    return np.where(time.isna(), 0, time.astype("datetime64[ns, UTC]").astype("int64"))
+
+
+def _event_names(known: pd.Series, time: np.ndarray) -> list[str]:
+    "Names of events; records without a name share one if they begin within a minute of each other."
+    order, names, last, current = np.argsort(time, kind="stable"), [""] * len(time), -(10**18), ""
+    for i in order:
+        if time[i] - last > 60 * 10**9 or not current:
+            current = str(pd.Timestamp(int(time[i]))) if time[i] else f"record {i}"
+        names[i] = str(known.iloc[i]) if pd.notna(known.iloc[i]) else current
+        current, last = names[i] if time[i] else "", time[i]
+    return names
+
+
+def _read_record(path: Path, row, time: int, config: PreprocessingConfig) -> Segment:
+    "One prepared record."
+    with np.load(path, allow_pickle=False) as file:
+        data, rate = file["data"], float(file["sampling_rate"])
+    if data.ndim != 2 or data.shape[0] != 3:
+        raise ValueError(
+            f"{path.name} holds data of shape {data.shape}, and (3, samples) in Z, N, E is wanted: turn it"
+        )
+    mask = (data != 0).any(1)  # a component of zeros is a missing one
+    data = data.astype(np.float64 if data.dtype.kind == "f" else np.int32)
+    segment = Segment(row.network, row.station, "", "", time, rate, data, mask)
+    return prepare(segment, config)
+
+# %% ../../nbs/11_train.probes.ipynb #11-022
+def read_onsets(
+    folder: str | os.PathLike,  # that holds `picks.csv` and the files it names; or the table itself
+    config: PreprocessingConfig = PreprocessingConfig(),  # noqa: B008  frozen, so safe to share
+) -> LabelledOnsets:  # a record per row, whatever its rate was, at the config's
+    "Labelled records from a table and NumPy files; a table without the needed columns is a ValueError."
+    path = Path(folder) / "picks.csv" if Path(folder).is_dir() else Path(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"labelled records need a table picks.csv, and {folder} holds none: write one")
+    table = pd.read_csv(path, dtype={"event_id": str, "station": str, "network": str})
+    need = {"trace_file", "network", "station"} - set(table)
+    if need or not {"p_sample", "s_sample"} & set(table):
+        raise ValueError(
+            f"{path.name} needs the columns trace_file, network, station and p_sample or s_sample, "
+            f"and has {', '.join(map(str, table))}: add them"
+        )
+    time = _record_times(table)
+    known = table["event_id"] if "event_id" in table else pd.Series([None] * len(table))
+    table = table.assign(event_id=_event_names(known, time), time=time)
+    records = [_read_record(path.parent / row.trace_file, row, row.time, config) for row in table.itertuples()]
+    share = np.array([r.sampling_rate / r.native_rate for r in records])
+    for phase, column in (("P", "p_sample"), ("S", "s_sample")):
+        table[phase] = table[column].astype(float) * share if column in table else np.nan
+    return LabelledOnsets(records, table, config.sampling_rate)
+
+# %% ../../nbs/11_train.probes.ipynb #11-027
 def pool(
     frames: Tensor,  # representation, (B, T, D)
 ) -> Tensor:  # mean, maximum and standard deviation over time, (B, 3 D)
     "One vector per window."
     return torch.cat([frames.mean(1), frames.amax(1), frames.std(1)], -1)
 
-# %% ../../nbs/11_train.probes.ipynb #11-016
+# %% ../../nbs/11_train.probes.ipynb #11-028
 def frozen_features(
     model: GP2Vec,  # any training mode; it is put back as it was
     waveforms: np.ndarray,  # (n, C, N), any unit
     layer: int | None = None,  # of the context network: 0 before it, None the last
     batch_size: int = 64,  # windows at a time
+    metadata: Mapping[str, np.ndarray] | None = None,  # what the model is told, field -> values, (n,); None: nothing
 ) -> np.ndarray:  # pooled features, (n, 3 D) float32
-    "Pooled representation of windows by a frozen model, in evaluation mode, without metadata."
+    "Pooled representation of windows by a frozen model, in evaluation mode."
+    known = {name: torch.as_tensor(np.asarray(x, np.float32)) for name, x in (metadata or {}).items()}
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode a model in parts would gather what it could not train with
         parts = []
-        for batch in _batches(waveforms, batch_size):
+        for i, batch in enumerate(_batches(waveforms, batch_size)):
             x = torch.from_numpy(batch).to(device)
             there = x.abs().amax(-1) > 0  # a component of zeros is a missing one
-            parts.append(pool(model.encode(x, component_mask=there, layer=layer)).float().cpu())
+            told = {name: v[i * batch_size : (i + 1) * batch_size].to(device) for name, v in known.items()}
+            parts.append(pool(model.encode(x, told, component_mask=there, layer=layer)).float().cpu())
     model.train(training)
     return torch.cat(parts).numpy()
 
@@ -160,7 +384,7 @@ def _batches(waveforms, size):
     for i in range(0, len(waveforms), size):
         yield np.ascontiguousarray(waveforms[i : i + size], dtype=np.float32)
 
-# %% ../../nbs/11_train.probes.ipynb #11-018
+# %% ../../nbs/11_train.probes.ipynb #11-030
 def untrained(
     config: GP2VecConfig,  # settings of the model
     seed: int = 0,  # of the weights
@@ -170,7 +394,7 @@ def untrained(
         torch.manual_seed(seed)
         return GP2Vec(config)
 
-# %% ../../nbs/11_train.probes.ipynb #11-020
+# %% ../../nbs/11_train.probes.ipynb #11-032
 def handcrafted(
     waveforms: np.ndarray,  # (n, 3, N), Z N E
     sampling_rate: float,  # Hz
@@ -193,7 +417,7 @@ def handcrafted(
     values = np.linalg.eigvalsh(np.einsum("bcn,bdn->bcd", x, x))
     columns = [
         np.log(ratio + 1e-6),
-        stats.kurtosis(x, axis=-1).mean(-1),
+        np.nan_to_num(stats.kurtosis(x, axis=-1)).mean(-1),  # a missing component has none
         0.5 * np.log((horizontal + 1e-9) / (vertical + 1e-9)),
         *(np.log(band + 1e-6) for band in bands),
         (total * frequencies).sum(-1) / total.sum(-1),
@@ -201,56 +425,173 @@ def handcrafted(
     ]
     return np.stack(columns, -1)
 
-# %% ../../nbs/11_train.probes.ipynb #11-025
+# %% ../../nbs/11_train.probes.ipynb #11-037
+def sites(
+    table: pd.DataFrame,  # station of each window; latitude and longitude (degrees) where known
+) -> np.ndarray:  # number of the site of each window, (n,)
+    "Which windows are from one place: the same station code, or coordinates within a kilometre."
+    site, names = pd.factorize(table.station.astype(str))
+    if not {"latitude", "longitude"} <= set(table):
+        return site
+    place = table.assign(site=site).groupby("site")[["latitude", "longitude"]].first().to_numpy(dtype=float)
+    for i in range(len(names)):
+        north = (place[:, 0] - place[i, 0]) * 111.2
+        east = (place[:, 1] - place[i, 1]) * 111.2 * np.cos(np.radians(place[i, 0]))
+        near = np.flatnonzero(np.hypot(north, east) < 1)
+        site = np.where(np.isin(site, near), near.min(initial=i), site)
+    return site
+
+
+def _times(table: pd.DataFrame) -> np.ndarray | None:
+    "When each window is from, UTC ns; None where that is not known of all."
+    column = next((name for name in ("start", "time") if name in table), None)
+    known = None if column is None else table[column].to_numpy()
+    return known if known is not None and (known > 0).all() else None
+
+# %% ../../nbs/11_train.probes.ipynb #11-039
+def audit_split(
+    table: pd.DataFrame,  # event_id, network, station of each window; start or time (UTC ns) where known
+    train: np.ndarray,  # rows to learn from, (n,)
+    test: np.ndarray,  # rows to be judged by, (m,)
+) -> None:
+    "A split with an event, a station or a time on both sides is a ValueError that names some."
+    site, event = sites(table), table.event_id.astype(str).to_numpy()
+    for kind, name, shown in (("event", event, event), ("station", site, table.station.astype(str).to_numpy())):
+        both = sorted(set(shown[test][np.isin(name[test], name[train])]))
+        if both:
+            raise ValueError(
+                f"{len(both)} {kind}s are in training and in test, such as {', '.join(both[:3])}: split by {kind}"
+            )
+    time = _times(table)
+    if time is not None and len(train) and len(test):
+        (a, b), (c, d) = ((time[rows].min(), time[rows].max()) for rows in (train, test))
+        if a <= d and c <= b:
+            raise ValueError(
+                f"training runs from {pd.Timestamp(a)} to {pd.Timestamp(b)} and test from {pd.Timestamp(c)} to "
+                f"{pd.Timestamp(d)}, which overlap: split by time"
+            )
+
+# %% ../../nbs/11_train.probes.ipynb #11-041
 def crossed_folds(
-    table: pd.DataFrame,  # event_id, network and station of each window
+    table: pd.DataFrame,  # event_id, network and station of each window; start or time (UTC ns) where known
     seed: int = 0,  # of the deal
-) -> list[tuple[np.ndarray, np.ndarray]]:  # (training rows, test rows), four times; no event or station on both sides
-    "Two halves of the events times two halves of the stations."
-    rng = np.random.default_rng(seed)
+    never_test: Sequence[str] = (),  # station codes that the model knows from pretraining
+) -> list[tuple[np.ndarray, np.ndarray]]:  # (training rows, test rows), four times; nothing is on both sides
+    "Two halves of the events, earlier and later where times are known, times two halves of the stations."
+    rng, time = np.random.default_rng(seed), _times(table)
     halves = []
-    for names in (table.event_id.astype(str), table.network.astype(str) + "." + table.station.astype(str)):
+    for kind, names in (("event", table.event_id.astype(str)), ("station", pd.Series(sites(table), table.index))):
         unique = np.array(sorted(set(names)), dtype=object)
         if len(unique) < 2:
             raise ValueError(
-                f"a split by event and station needs two of each or more, and there is only {unique.tolist()}"
+                f"a split by event and station needs two of each or more, and there is only one {kind}: label more"
             )
-        half = set(rng.permutation(unique)[: len(unique) // 2])
-        halves.append(names.isin(half).to_numpy())
+        if kind == "event" and time is not None:
+            order = pd.Series(time, table.index).groupby(names).min().sort_values(kind="stable").index
+        else:
+            order = rng.permutation(unique)
+        halves.append(names.isin(set(order[: len(unique) // 2])).to_numpy())
     event, station = halves
-    blocks = [(event == e) & (station == s) for e, s in ((0, 0), (1, 1), (0, 1), (1, 0))]
-    pairs = [(0, 1), (1, 0), (2, 3), (3, 2)]
-    return [(np.flatnonzero(blocks[a]), np.flatnonzero(blocks[b])) for a, b in pairs]
+    known = table.station.astype(str).isin(never_test).to_numpy()
+    blocks = [np.flatnonzero((event == e) & (station == s)) for e, s in ((0, 0), (1, 1), (0, 1), (1, 0))]
+    folds = [(blocks[a], blocks[b][~known[blocks[b]]]) for a, b in ((0, 1), (1, 0), (2, 3), (3, 2))]
+    if time is not None:  # windows of two neighbouring events may overlap where the halves meet
+        folds = [(train[_clear(time, train, test)], test) for train, test in folds]
+    for train, test in folds:
+        audit_split(table, train, test)
+    return folds
 
-# %% ../../nbs/11_train.probes.ipynb #11-028
+
+def _clear(time, train, test):
+    "Training rows whose time is not among those of the test rows."
+    if not len(test):
+        return np.ones(len(train), dtype=bool)
+    return (time[train] < time[test].min()) | (time[train] > time[test].max())
+
+# %% ../../nbs/11_train.probes.ipynb #11-045
+def split_parts(
+    table: pd.DataFrame,  # event_id, network, station of each record; start or time (UTC ns) where known
+    shares: tuple[float, float, float] = (0.6, 0.15, 0.25),  # of the events: training, development, test
+    never_test: Sequence[str] = (),  # station codes that the model knows from pretraining
+    seed: int = 0,  # of the deal, where times are not known
+    guard: float = 60.0,  # least time between two parts, s
+) -> dict[str, np.ndarray]:  # rows of "train", "dev" and "test", (n,) each; nothing is in two of them
+    "Deal records into three parts by time, event and station; audited."
+    time, event = _times(table), table.event_id.astype(str).to_numpy()
+    when = np.random.default_rng(seed).permutation(len(table)) if time is None else time
+    order = pd.Series(when).groupby(event).min().sort_values(kind="stable").index
+    rank = pd.Series(np.arange(len(order)), order)[event].to_numpy()
+    part = np.searchsorted(np.cumsum(shares)[:2] * len(order), rank, side="right")
+    if time is not None:
+        for k in (1, 2):
+            before = time[part < k].max(initial=0)
+            part = np.where((part >= k) & (time < before + guard * 1e9), 9, part)
+    site = sites(table)
+    home = _homes(site, part, np.array(shares), set(site[table.station.astype(str).isin(never_test)]))
+    rows = {name: np.flatnonzero((part == k) & (home[site] == k)) for k, name in enumerate(("train", "dev", "test"))}
+    for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        if not len(rows[b]) or not len(rows[a]):
+            raise ValueError(
+                f"{len(table)} records leave nothing in the part {b} or {a}: label more stations and events"
+            )
+        audit_split(table, rows[a], rows[b])
+    return rows
+
+
+def _homes(site: np.ndarray, part: np.ndarray, shares: np.ndarray, teach: set[int]) -> np.ndarray:
+    "Part of each site, the largest first: where most of its records lie, and where most are still wanted."
+    counts = np.array([[np.sum((site == s) & (part == k)) for k in range(3)] for s in range(site.max() + 1)])
+    home, kept = np.zeros(len(counts), dtype=int), np.zeros(3)
+    for s in np.argsort(-counts.sum(1), kind="stable"):
+        wanted = counts[s] / np.sqrt(shares) / (1 + kept / (shares * counts.sum())) ** 3
+        home[s] = 0 if s in teach else wanted.argmax()
+        kept[home[s]] += counts[s, home[s]]
+    return home
+
+# %% ../../nbs/11_train.probes.ipynb #11-050
 @dataclass
 class LinearProbe:
     "A linear map of standardised features."
 
     mean: np.ndarray  # of the training features, (F,)
     std: np.ndarray  # of the training features, (F,)
-    weight: np.ndarray  # (F,)
-    bias: float  # mean of the training targets
+    weight: np.ndarray  # (F,), or (F, K) for several targets
+    bias: np.ndarray  # mean of the training targets, () or (K,)
 
     @classmethod
     def fit(
         cls,
         features: np.ndarray,  # (n, F)
-        target: np.ndarray,  # (n,); for two classes -1 and 1
+        target: np.ndarray,  # (n,) or (n, K); for two classes -1 and 1
     ) -> LinearProbe:  # the best linear map
         "Ridge regression in closed form, its penalty chosen by leave-one-out."
         mean, std = features.mean(0), features.std(0) + 1e-6
         ridge = RidgeCV(alphas=np.logspace(0, 5, 11)).fit((features - mean) / std, target)
-        return cls(mean, std, ridge.coef_, float(ridge.intercept_))
+        return cls(mean, std, np.asarray(ridge.coef_).T, np.asarray(ridge.intercept_))
 
     def __call__(
         self,
         features: np.ndarray,  # (n, F)
-    ) -> np.ndarray:  # scores, (n,)
+    ) -> np.ndarray:  # scores, (n,) or (n, K)
         "Score windows; above zero is the positive class."
         return (features - self.mean) / self.std @ self.weight + self.bias
 
-# %% ../../nbs/11_train.probes.ipynb #11-029
+    def write(
+        self,
+        path: str | os.PathLike,  # `….safetensors`
+    ) -> None:
+        "Save the four arrays; nothing is pickled."
+        save_file({name: np.ascontiguousarray(x) for name, x in vars(self).items()}, path)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | os.PathLike,  # as given to `write`
+    ) -> LinearProbe:  # the same probe
+        "Load a saved probe."
+        return cls(**load_file(path))
+
+# %% ../../nbs/11_train.probes.ipynb #11-051
 def out_of_fold_scores(
     features: np.ndarray,  # (n, F)
     positive: np.ndarray,  # which windows are of the positive class, (n,) bool
@@ -264,7 +605,7 @@ def out_of_fold_scores(
         scores[test] = LinearProbe.fit(features[train], np.where(positive[train], 1.0, -1.0))(features[test])
     return scores
 
-# %% ../../nbs/11_train.probes.ipynb #11-031
+# %% ../../nbs/11_train.probes.ipynb #11-054
 def area_under_curve(
     scores: np.ndarray,  # (n,)
     positive: np.ndarray,  # (n,) bool
@@ -277,7 +618,7 @@ def area_under_curve(
     pairs = above.sum() * below.sum()
     return float((above * (np.cumsum(below) - below / 2)).sum() / pairs) if pairs else float("nan")
 
-# %% ../../nbs/11_train.probes.ipynb #11-033
+# %% ../../nbs/11_train.probes.ipynb #11-056
 def mean_auc(
     scores: np.ndarray,  # (n,)
     positive: np.ndarray,  # (n,) bool
@@ -286,9 +627,11 @@ def mean_auc(
 ) -> float:  # from 0 to 1; 0.5 is guessing
     "Mean over folds of the AUC of their test rows; a fold whose weight lies on one class is left out."
     weight = np.ones(len(scores)) if weight is None else weight
-    return float(np.nanmean([area_under_curve(scores[test], positive[test], weight[test]) for _, test in folds]))
+    areas = [area_under_curve(scores[test], positive[test], weight[test]) for _, test in folds]
+    known = [area for area in areas if not np.isnan(area)]
+    return float(np.mean(known)) if known else float("nan")
 
-# %% ../../nbs/11_train.probes.ipynb #11-036
+# %% ../../nbs/11_train.probes.ipynb #11-059
 def compare_arms(
     arms: Mapping[str, np.ndarray],  # name -> features, (n, F)
     positive: np.ndarray,  # (n,) bool
@@ -317,7 +660,7 @@ def compare_arms(
         rows.append(row | {"gain_low": gain_low, "gain_high": gain_high})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/11_train.probes.ipynb #11-042
+# %% ../../nbs/11_train.probes.ipynb #11-065
 def verdict(
     row: pd.Series,  # a row of `compare_arms`
     control: str,  # name of the control
