@@ -5,11 +5,17 @@
 # %% ../nbs/22_cli.ipynb #22-003
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +27,8 @@ from rich.progress import Progress
 import gp2vec
 
 # %% auto #0
-__all__ = ['app', 'Codes', 'Time', 'console', 'demo', 'manifest', 'metadata', 'shards', 'pretrain', 'export', 'evaluate', 'embed',
-           'main']
+__all__ = ['app', 'Codes', 'Time', 'console', 'demo', 'manifest', 'metadata', 'shards', 'pretrain', 'export', 'evaluate', 'adapt',
+           'embed', 'annotate', 'classify', 'main']
 
 # %% ../nbs/22_cli.ipynb #22-006
 app = App(name="gp2vec", help="Self-supervised learning for seismic waveforms.", version=gp2vec.__version__)
@@ -324,10 +330,14 @@ def pretrain(
     Parameters
     ----------
     overrides
-        Hydra's, such as --config-name=experiment/debug or model=tiny data.batch_size=64.
+        Such as --config-name=experiment/debug or model=tiny data.batch_size=64.
     """
-    # A process of its own, which a trainer of several processes can start again.
-    return subprocess.run([sys.executable, "-m", "gp2vec.train.train", *overrides]).returncode
+    # A program of its own, which a trainer of several processes can start again, and which hears signals itself.
+    command = [sys.executable, "-m", "gp2vec.train.train", *overrides]
+    if os.name == "posix":
+        sys.stdout.flush()
+        os.execv(sys.executable, command)
+    return subprocess.run(command).returncode
 
 
 @app.command
@@ -341,7 +351,7 @@ def export(
     Parameters
     ----------
     checkpoint
-        A .ckpt of pretraining.
+        Folder of a run, whose newest checkpoint that verifies is taken, or one .ckpt; on S3 too.
     folder
         Gets model.safetensors and config.json.
     """
@@ -357,107 +367,352 @@ def evaluate(
     data: str,
     /,
     *,
-    task: str = "phase",
+    task: Codes = [],  # noqa: B006  cyclopts reads the default, nothing changes it
+    settings: str = "published",
     output: str = "runs/evaluate",
-    layer: int = 0,
-    seed: int = 0,
 ) -> None:
-    """Probe a model on labelled windows, beside its untrained twin and handcrafted features.
+    """Judge a model on labelled data, beside its untrained twin, handcrafted features and training from scratch.
 
     Parameters
     ----------
     model
         Folder of an exported model, or its name on the hub.
     data
-        Folder of labelled windows: waveforms.npy and labels.parquet.
+        Folder with picks.csv and its NumPy files, or of labelled windows: waveforms.npy and labels.parquet.
     task
-        phase (P against S), event (against noise), tremor (against normal) or magnitude.
+        event, phase, polarity, tremor, magnitude, magnitude_bins, distance, back_azimuth, displacement, picking; all
+        that the labels allow where none is named.
+    settings
+        published, quick, or a YAML file: protocols, shares of the labels, seeds, budget, stations never to test on.
     output
-        Folder for the table (CSV, Markdown) and the figure.
-    layer
-        Of the context network; 0 is before it.
-    seed
-        Of the control and of the split.
+        Folder for tables (CSV, Markdown) and figures.
     """
-    from gp2vec.models.gp2vec import GP2Vec
-    from gp2vec.train.evaluate_downstream import TASKS, write_results
-    from gp2vec.train.evaluate_downstream import evaluate as probe
-    from gp2vec.train.probes import LabelledWindows
+    from dataclasses import replace
 
-    if task not in TASKS:
-        raise ValueError(f"--task is one of {', '.join(TASKS)}, not {task!r}")
-    table = probe(GP2Vec.from_pretrained(model), LabelledWindows.read(data), task, layer, seed)
-    write_results(table, output, task)
-    console.print(table.round(3).to_string(index=False))
+    from gp2vec.models.gp2vec import GP2Vec
+    from gp2vec.train.evaluate_downstream import EvaluationConfig, run_evaluation
+
+    config = replace(EvaluationConfig.read(settings), tasks=_codes(task))
+    say = logging.getLogger(__name__).info
+    for table in run_evaluation(GP2Vec.from_pretrained(model), data, output, config, say).values():
+        short = table[table.labels == table.labels.max()]
+        console.print(
+            short[["task", "protocol", "arm", "labels", "metric", "value", "low", "high", "gain"]]
+            .round(3)
+            .to_string(index=False)
+        )
+    console.print(f"tables and figures: {output}")
 
 # %% ../nbs/22_cli.ipynb #22-025
+@app.command
+def adapt(
+    model: str,
+    labels: str,
+    /,
+    *,
+    output: str,
+    tune: str = "head",
+    steps: int = 300,
+    window_length: float = 20.0,
+    seed: int = 0,
+) -> None:
+    """Make a picker of a few labelled events of your own, and say what it is worth.
+
+    Parameters
+    ----------
+    model
+        Folder of a picker or of an exported model, or its name on the hub.
+    labels
+        Folder with picks.csv (trace_file, network, station, p_sample, s_sample) and the NumPy files it names.
+    output
+        Folder for the picker, the curve of expected gain (CSV and figure) and the verdict.
+    tune
+        What moves besides the head: head (nothing), last (a layer), adapters, all.
+    steps
+        Batches of each training.
+    window_length
+        Of the windows it learns from, s.
+    seed
+        Of crops, folds and heads.
+    """
+    from gp2vec.data.preprocessing import PreprocessingConfig
+    from gp2vec.train.picking import FitConfig, Picker, PickerConfig, load_picker
+    from gp2vec.train.picking import adapt as adapt_picker
+    from gp2vec.train.probes import read_onsets
+
+    loaded = load_picker(model)
+    rate = loaded.sampling_rate if isinstance(loaded, Picker) else loaded.config.sampling_rate
+    onsets = read_onsets(labels, PreprocessingConfig(sampling_rate=rate))
+    fit = FitConfig(steps=steps, tune=tune, seed=seed)
+    made = adapt_picker(loaded, onsets, config=PickerConfig(layer=0, window_length=window_length), fit=fit)
+    made.write(output)
+    console.print(made.curve.round(3).to_string(index=False))
+    console.print(f"{made.verdict}\npicker: {output}")
+
+# %% ../nbs/22_cli.ipynb #22-027
 @app.command
 def embed(
     model: str,
     /,
-    *files: str,
+    *inputs: str,
     output: str,
     stations: str = "",
     layer: int | None = None,
+    workers: int = 1,
+    executor: str = "processes",
 ) -> None:
-    """Embed the windows of miniSEED files or of a manifest.
+    """Embed the windows of miniSEED files, archives or manifests.
 
     Parameters
     ----------
     model
         Folder of an exported model, or its name on the hub.
-    files
-        miniSEED files, or one manifest that ends in .parquet.
+    inputs
+        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
     output
-        Embeddings to write, Parquet.
+        Embeddings to write, .parquet.
     stations
         Station table; without it nothing is known of the stations.
     layer
         Of the context network; the last where not given.
+    workers
+        Processes.
+    executor
+        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     """
-    from gp2vec.data.metadata import StationMetadataManager
     from gp2vec.inference import Embeddings
-    from gp2vec.inference import embed as embed_stream
-    from gp2vec.models.gp2vec import GP2Vec
 
-    lookup, loaded = StationMetadataManager.read(stations).lookup if stations else None, GP2Vec.from_pretrained(model)
-    parts = []
-    for name, stream in _streams(files):
-        try:
-            parts.append(embed_stream(loaded, stream, lookup=lookup, layer=layer))
-        except ValueError as error:
-            logging.getLogger(__name__).warning("%s: left out, %s", name, error)
-    if not parts:
-        raise ValueError(f"none of {', '.join(files)} holds a window that could be embedded: see the warnings")
-    embeddings = Embeddings.join(parts)
+    work = _Work("embed", model, stations, {"layer": layer})
+    parts = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
+    embeddings = Embeddings.join([Embeddings.read(part) for part in parts])
     embeddings.write(output)
-    stations_seen = embeddings.table.station.nunique()
-    console.print(f"{output}: {len(embeddings)} windows of {stations_seen} stations, rejected {embeddings.rejects}")
-
-# %% ../nbs/22_cli.ipynb #22-026
-def _streams(files: Sequence[str]):
-    "Name and traces of each miniSEED file, and of each station-day of a manifest, one at a time."
-    from obspy import Stream
-
-    from gp2vec.data.archive import Store, read_manifest
-    from gp2vec.data.datapipes import station_days
-    from gp2vec.data.preprocessing import read_miniseed
-
-    if not files:
-        raise ValueError("embed takes miniSEED files or a manifest after the model, and got none")
-    for name in files:
-        if not name.endswith(".parquet"):
-            yield name, read_miniseed(Path(name).read_bytes())
-            continue
-        for day in station_days(read_manifest(name)):
-            stream = Stream()
-            for item in day.objects:
-                data = Store(item["url"].removesuffix(item["key"])).read(item["key"], item["byte_size"], item["etag"])
-                wanted = item["channels"]
-                stream.extend([t for t in read_miniseed(data) if not wanted or t.stats.channel in wanted])
-            yield f"{day.network}.{day.station}", stream
+    _done(parts)
+    console.print(f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations")
 
 # %% ../nbs/22_cli.ipynb #22-028
+@app.command
+def annotate(
+    picker: str,
+    /,
+    *inputs: str,
+    output: str,
+    stations: str = "",
+    workers: int = 1,
+    executor: str = "processes",
+) -> None:
+    """Write the curves of a picker over miniSEED files, archives or manifests.
+
+    Parameters
+    ----------
+    picker
+        Folder of a picker, or its name on the hub.
+    inputs
+        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
+    output
+        Curves to write, .mseed; the curves of HH are the channels HHP, HHS and HHD.
+    stations
+        Station table; without it nothing is known of epochs.
+    workers
+        Processes.
+    executor
+        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
+    """
+    work = _Work("annotate", picker, stations, {})
+    parts = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
+    with Path(output).open("wb") as file:  # records of miniSEED may follow each other in any order
+        for part in parts:
+            file.write(part.read_bytes())
+    _done(parts)
+    console.print(f"{output}: {Path(output).stat().st_size / 1e6:.1f} MB of curves")
+
+# %% ../nbs/22_cli.ipynb #22-029
+@app.command
+def classify(
+    picker: str,
+    /,
+    *inputs: str,
+    output: str,
+    stations: str = "",
+    threshold: float | None = None,
+    workers: int = 1,
+    executor: str = "processes",
+) -> None:
+    """Pick P and S waves in miniSEED files, archives or manifests.
+
+    Parameters
+    ----------
+    picker
+        Folder of a picker, or its name on the hub.
+    inputs
+        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
+    output
+        Picks to write: .csv, .parquet, or .xml for QuakeML.
+    stations
+        Station table; without it nothing is known of epochs.
+    threshold
+        Least probability of a pick; the picker's own where not given.
+    workers
+        Processes.
+    executor
+        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
+    """
+    from gp2vec.inference import Picks
+
+    work = _Work("classify", picker, stations, {"threshold": threshold})
+    parts = _work_through(work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor)
+    picks = Picks.join([Picks.read(part) for part in parts])
+    picks.write(output)
+    _done(parts)
+    console.print(f"{output}: {len(picks)} picks at {picks.table.station.nunique()} stations")
+
+# %% ../nbs/22_cli.ipynb #22-030
+@dataclass(frozen=True)
+class _Work:
+    "What is to be done with every unit."
+
+    verb: str  # embed, annotate or classify
+    model: str
+    stations: str
+    options: dict[str, Any]
+
+    def name(self, unit: Any) -> str:
+        "A name that says what was read and how; another file, model or option gives another."
+        where = Path(unit) if isinstance(unit, str) else None
+        identity = [unit, where.stat().st_size, where.stat().st_mtime_ns] if where else [repr(unit)]
+        made = Path(self.model)
+        known = (
+            sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in made.iterdir()) if made.is_dir() else []
+        )
+        text = json.dumps([self.verb, self.model, known, self.stations, self.options, identity], default=str)
+        title = where.name if where else f"{unit.network}.{unit.station}"
+        return f"{re.sub('[^A-Za-z0-9.]', '_', title)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=1)
+def _loaded(verb: str, model: str, stations: str):
+    "The model or picker, and the station table, once per process."
+    from gp2vec.data.metadata import StationMetadataManager
+
+    manager = StationMetadataManager.read(stations) if stations else None
+    if verb == "embed":
+        from gp2vec.models.gp2vec import GP2Vec
+
+        return GP2Vec.from_pretrained(model).eval(), manager
+    from gp2vec.train.picking import Picker, load_picker
+
+    picker = load_picker(model)
+    if not isinstance(picker, Picker):
+        raise ValueError(
+            f"expected a picker to {verb}, and {model!r} is a model without a head: make one by gp2vec adapt"
+        )
+    return picker, manager
+
+# %% ../nbs/22_cli.ipynb #22-031
+def _units(inputs: Sequence[str]) -> list[Any]:
+    "Paths of files, and station-days of manifests and archives."
+    from gp2vec.data.archive import Archive, read_manifest
+    from gp2vec.data.datapipes import station_days
+
+    if not inputs:
+        raise ValueError("expected miniSEED files, an archive or a manifest after the model, and got none")
+    units: list[Any] = []
+    for name in inputs:
+        if name.endswith(".parquet"):
+            units += station_days(read_manifest(name))
+        elif "://" in name or Path(name).is_dir():
+            units += station_days(Archive(name).list())
+        elif Path(name).is_file():
+            units.append(name)
+        else:
+            raise ValueError(
+                f"expected a miniSEED file, a manifest or an archive, and there is no {name!r}: check the path"
+            )
+    return units
+
+
+def _stream(unit: Any):
+    "The traces of a unit."
+    from obspy import Stream
+
+    from gp2vec.data.archive import Store
+    from gp2vec.data.preprocessing import read_miniseed
+
+    if isinstance(unit, str):
+        return read_miniseed(Path(unit).read_bytes())
+    stream = Stream()
+    for item in unit.objects:
+        data = Store(item["url"].removesuffix(item["key"])).read(item["key"], item["byte_size"], item["etag"])
+        wanted = item["channels"]
+        stream.extend([t for t in read_miniseed(data) if not wanted or t.stats.channel in wanted])
+    return stream
+
+# %% ../nbs/22_cli.ipynb #22-032
+def _do(work: _Work, unit: Any, part: str) -> str:
+    "Work on one unit and keep what it gave; why it gave nothing, or an empty text."
+    from gp2vec import inference
+
+    model, manager = _loaded(work.verb, work.model, work.stations)
+    unfinished = Path(f"{part}.{os.getpid()}")
+    try:
+        stream = _stream(unit)
+        if work.verb == "embed":
+            inference.embed(model, stream, lookup=manager, layer=work.options["layer"]).to_frame().to_parquet(
+                unfinished
+            )
+        elif work.verb == "classify":
+            limit = work.options["threshold"]
+            limits = None if limit is None else (limit,) * len(model.config.phases)
+            inference.classify(model, stream, lookup=manager, thresholds=limits).table.to_parquet(unfinished)
+        else:
+            curves = inference.annotate(model, stream, lookup=manager)
+            if not curves:
+                return "no stretch is long enough"
+            for trace in curves:  # miniSEED has room for three letters
+                trace.stats.channel = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
+            curves.write(unfinished, format="MSEED", encoding="FLOAT32", reclen=4096)
+    except ValueError as error:
+        return str(error)
+    unfinished.replace(part)
+    return ""
+
+
+def _work_through(work, inputs, output, ends, part_end, workers, executor) -> list[Path]:
+    "Work on all units that are not done; the parts, in order."
+    from concurrent.futures import as_completed
+
+    from gp2vec.data.datapipes import open_executor
+
+    if not output.endswith(ends):
+        raise ValueError(f"expected an --output that ends in {' or '.join(ends)}, got {output!r}")
+    _loaded(work.verb, work.model, work.stations)  # what is wrong with the model is wrong with every unit
+    folder = Path(f"{output}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {folder / f"{work.name(unit)}{part_end}": unit for unit in _units(inputs)}
+    left = {part: unit for part, unit in todo.items() if not part.exists()}
+    bar = Progress(console=Console(stderr=True), disable=console.quiet, transient=True)
+    with bar, open_executor(executor, workers) as pool:
+        task = bar.add_task(work.verb, total=len(todo), completed=len(todo) - len(left))
+        jobs = {} if pool is None else {pool.submit(_do, work, unit, str(part)): part for part, unit in left.items()}
+        results = (
+            ((p, _do(work, u, str(p))) for p, u in left.items())
+            if pool is None
+            else ((jobs[f], f.result()) for f in as_completed(jobs))
+        )
+        for part, why in results:
+            bar.advance(task)
+            if why:
+                logging.getLogger(__name__).warning("%s: left out, %s", part.name, why)
+    parts = [part for part in todo if part.exists()]
+    if not parts:
+        raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}: see the warnings")
+    return parts
+
+
+def _done(parts: Sequence[Path]) -> None:
+    "Remove the parts of a finished output."
+    shutil.rmtree(parts[0].parent)
+
+# %% ../nbs/22_cli.ipynb #22-034
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -494,7 +749,7 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
 
-# %% ../nbs/22_cli.ipynb #22-029
+# %% ../nbs/22_cli.ipynb #22-035
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,303 @@
+"""Labels from files, honest splits, pickers and their promises, and the commands `evaluate` and `adapt`."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gp2vec.data.embedded import SyntheticConfig, synthetic_network
+from gp2vec.models.encoder import ConvLayer, EncoderConfig
+from gp2vec.models.gp2vec import GP2VecConfig
+from gp2vec.models.transformer import ContextConfig
+from gp2vec.train.evaluate_downstream import CONTROL, PhaseNetPicker, _limit
+from gp2vec.train.picking import (
+    FitConfig,
+    Picker,
+    PickerConfig,
+    StaLta,
+    calibrate,
+    coverage,
+    find_candidates,
+    fit_picker,
+    match_picks,
+    shift_consistency,
+    shift_score,
+    train_picker,
+)
+from gp2vec.train.probes import audit_split, crossed_folds, label_onsets, read_onsets, split_parts, untrained
+
+DATA = Path(os.environ.get("GP2VEC_DATA") or "no data")
+PRETRAINED_ON = ["CCC", "JRC2", "LRL", "MPM", "SLA", "WBM", "WNM", "WRV2", "WVP2", "BRIB", "CVS", "SHW"]
+SMALL = GP2VecConfig.preset(
+    "tiny",
+    embed_dim=48,
+    feature_encoder=EncoderConfig(conv_layers=tuple(ConvLayer(32, kernel, 2) for kernel in (11, 7, 5))),
+    context_encoder=ContextConfig(num_layers=1, num_heads=3, conv_pos=32, dropout=0.0),
+)
+
+
+@pytest.fixture(scope="session")
+def network():
+    settings = SyntheticConfig(stations=9, events=40, duration=1900.0, magnitude_range=(1.5, 4.0), minimum_spacing=36.0)
+    return synthetic_network(settings)
+
+
+@pytest.fixture(scope="session")
+def onsets(network):
+    return label_onsets(network.stream, network.picks, before=30, after=30)
+
+
+@pytest.fixture(scope="session")
+def files(network, onsets, tmp_path_factory):
+    "What a user would bring: raw counts around events as NumPy files, and a table with as little as possible."
+    folder = tmp_path_factory.mktemp("labels")
+    start, rows = network.stream[0].stats.starttime.ns, []
+    raw = {s: np.stack([t.data for t in network.stream.select(station=s)]) for s in onsets.table.station.unique()}
+    for i, (record, row) in enumerate(zip(onsets.records, onsets.table.itertuples(), strict=True)):
+        first = round((record.starttime - start) / 1e7)
+        data = raw[row.station][:, first : first + record.data.shape[1]]
+        np.savez(folder / f"{i:03d}.npz", data=data, sampling_rate=100.0)
+        when = pd.Timestamp(row.time, tz="UTC").isoformat()
+        rows.append((f"{i:03d}.npz", row.event_id, "XX", row.station, row.P, row.S, row.magnitude, when))
+    columns = ["trace_file", "event_id", "network", "station", "p_sample", "s_sample", "magnitude", "start_time"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "picks.csv", index=False)
+    return folder
+
+
+def run(*arguments):
+    "The command in a process of its own."
+    command = [sys.executable, "-m", "gp2vec.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("rate", (40.0, 50.0, 100.0, 200.0, 250.0))
+def test_an_onset_stays_where_it_is_labelled(tmp_path, rate):
+    "Whatever the rate of the file: nothing moves before the label, and motion begins within two samples of it."
+    n, at = round(60 * rate), round(30 * rate)
+    data = np.zeros((3, n))
+    data[:, at:] = 1e4 * np.sin(2 * np.pi * 6 * np.arange(n - at) / rate)
+    data += np.random.default_rng(0).normal(size=data.shape)
+    np.savez(tmp_path / "a.npz", data=data, sampling_rate=rate)
+    pd.DataFrame([("a.npz", "XX", "A", at)], columns=["trace_file", "network", "station", "p_sample"]).to_csv(
+        tmp_path / "picks.csv", index=False
+    )
+    read = read_onsets(tmp_path)
+    place, x = read.table.P[0], np.abs(read.records[0].data[0])
+    assert abs(place - 3000) < 1e-6
+    early, late = x[2000:2999].max(), x[3002:3012].max()
+    assert early < 20 and late > 1000, (early, late)
+
+
+def test_a_label_at_always_the_same_sample_is_not_learned(files, tmp_path):
+    "Records with P at sample 3000 make windows with P anywhere."
+    table = pd.read_csv(files / "picks.csv").iloc[:30]
+    for row in table.itertuples():
+        data = np.load(files / row.trace_file)["data"]
+        cut = np.zeros((3, 9001), dtype=data.dtype)
+        first = round(row.p_sample) - 3000
+        part = data[:, max(first, 0) : first + 9001]
+        cut[:, max(-first, 0) : max(-first, 0) + part.shape[1]] = part
+        np.savez(tmp_path / row.trace_file, data=cut, sampling_rate=100.0)
+    table.assign(p_sample=3000, s_sample=np.nan).to_csv(tmp_path / "picks.csv", index=False)
+    places = np.concatenate([read_onsets(tmp_path).crops(20.0, seed=s).only("event").table.P for s in range(3)])
+    assert np.histogram(places, bins=[2, 6, 10, 14, 18])[0].min() > 0.15 * len(places)
+
+
+# Splits
+
+
+def random_table(rng):
+    events, stations = rng.integers(8, 40), rng.integers(6, 20)
+    time = np.sort(rng.integers(1, 10**6, events)) * 10**9 + 1
+    rows = [(e, s) for e in range(events) for s in range(stations) if rng.random() < 0.5]
+    table = pd.DataFrame(rows, columns=["event", "site"])
+    known = {"event_id": table.event.map("e{}".format), "network": rng.choice(["A", "B"], len(table))}
+    known |= {"station": table.site.map("S{}".format), "time": time[table.event] + rng.integers(0, 10**9, len(table))}
+    return table.assign(**known)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_splits_share_nothing(seed):
+    "No event, no station (in any network) and no time is in two parts, and stations of pretraining are never tested."
+    table = random_table(np.random.default_rng(seed))
+    pairs = [(a, b) for a, b in crossed_folds(table, seed, ["S0", "S1"]) if len(b)]
+    try:
+        parts = split_parts(table, never_test=["S0", "S1"])
+    except ValueError as error:
+        assert "leave nothing" in str(error)
+    else:
+        pairs += [(parts["train"], parts["dev"]), (parts["train"], parts["test"]), (parts["dev"], parts["test"])]
+        assert table.time.iloc[parts["train"]].max() < table.time.iloc[parts["test"]].min()
+        assert not {"S0", "S1"} & set(table.station.iloc[parts["test"]])
+    for a, b in pairs:
+        one, other = table.iloc[a], table.iloc[b]
+        assert not set(one.event_id) & set(other.event_id) and not set(one.station) & set(other.station)
+        assert one.time.max() < other.time.min() or other.time.max() < one.time.min()
+    assert not {"S0", "S1"} & set(table.station.iloc[np.concatenate([b for _, b in pairs[:4]])]) or len(pairs) < 4
+
+
+def test_co_located_channels_are_one_station():
+    table = random_table(np.random.default_rng(0))
+    table["latitude"], table["longitude"] = 10.0 + table.site, 20.0
+    twin = table.site == 3
+    table.loc[twin & (table.event % 2 == 0), "station"] = "OTHER"  # another code at the same place
+    for a, b in crossed_folds(table, 1):
+        assert not ({"S3", "OTHER"} & set(table.station.iloc[a]) and {"S3", "OTHER"} & set(table.station.iloc[b]))
+
+
+@pytest.mark.parametrize("kind", ("event", "station", "time"))
+def test_the_audit_finds_one_planted_leak(kind):
+    table = random_table(np.random.default_rng(3))
+    train, test = next((a, b) for a, b in crossed_folds(table, 0) if len(a) and len(b))
+    audit_split(table, train, test)
+    bad = table.copy()
+    column = {"event": "event_id", "station": "station", "time": "time"}[kind]
+    bad.loc[train[0], column] = table[column].iloc[test[0]]
+    with pytest.raises(ValueError, match=f"split by {kind}"):
+        audit_split(bad, train, test)
+
+
+def test_shares_of_the_labels_are_shares_of_the_events(onsets):
+    events = onsets.table.event_id.nunique()
+    for share in (0.01, 0.1, 0.5, 1.0):
+        few = _limit(onsets, share, 0)
+        assert few.table.event_id.nunique() == max(2, round(share * events))
+    assert set(_limit(onsets, 0.1, 0).table.event_id) != set(_limit(onsets, 0.1, 1).table.event_id)
+
+
+# Pickers
+
+
+def test_intervals_cover_what_they_promise_at_stations_never_seen():
+    "Errors of picks at other stations and other events, in all and where the signal is weak."
+    settings = SyntheticConfig(
+        stations=14, events=50, duration=2300.0, magnitude_range=(1.5, 4.0), minimum_spacing=36.0
+    )
+    many = synthetic_network(settings)
+    onsets = label_onsets(many.stream, many.picks, before=30, after=30)
+    parts = split_parts(onsets.table, shares=(0.05, 0.45, 0.5))
+    picker = calibrate(StaLta(PickerConfig(window_length=15.0)), onsets.take(parts["dev"]))
+    windows = onsets.take(parts["test"]).crops(15.0)
+    told = coverage(picker, match_picks(find_candidates(picker, windows), windows.table), (0.0, 10.0, np.inf))
+    p = told[told.phase == "P"].set_index("snr")
+    assert p.picks["all"] > 40 and p.high["all"] >= 0.9 and p.covered["all"] >= 0.8, told
+    assert (p.high >= 0.85).all(), told
+
+
+@pytest.mark.parametrize("tune", ("head", "last", "adapters", "all"))
+def test_what_may_move_moves_and_nothing_else(onsets, tune):
+    model = untrained(SMALL)
+    fit = FitConfig(steps=3, batch_size=4, tune=tune, learning_rate=1e-2, rank=2)
+    picker = train_picker(model, onsets, None, PickerConfig(window_length=10.0, width=8), fit)
+    old, new = untrained(SMALL).state_dict(), picker.model.state_dict()
+    assert set(old) == set(new), "adapters are folded in"
+    moved = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    kept = model.state_dict()
+    assert all(torch.equal(old[name], kept[name]) for name in old), "the model is left as it was"
+    allowed = {"head": set(), "last": {"context_encoder"}, "adapters": {"context_encoder"}}
+    assert moved == allowed[tune] if tune in allowed else {"feature_encoder", "context_encoder"} <= moved
+
+
+def test_one_seed_is_one_picker(onsets):
+    fit, config = FitConfig(steps=3, batch_size=4), PickerConfig(window_length=10.0, width=8)
+    a, b = (train_picker(untrained(SMALL), onsets, None, config, fit).state_dict() for _ in range(2))
+    other = train_picker(untrained(SMALL), onsets, None, config, replace(fit, seed=1)).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["head.score.weight"], other["head.score.weight"])
+
+
+def test_missing_components_and_lone_labels(onsets):
+    "Vertical-only records and records without S teach without a NaN."
+    few = onsets.take(np.arange(12))
+    few.table["S"] = np.nan
+    for record in few.records[:6]:
+        record.data = record.data * np.array([[1.0], [0.0], [0.0]], dtype=np.float32)
+        record.component_mask = np.array([True, False, False])
+    picker = Picker(untrained(SMALL), PickerConfig(window_length=10.0, width=8))
+    losses = fit_picker(picker, few, FitConfig(steps=4, batch_size=6))
+    assert np.isfinite(losses).all() and all(p.isfinite().all() for p in picker.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("seisbench"), reason="no SeisBench: pip install 'gp2vec[seisbench]'")
+def test_picks_move_less_than_phasenets(onsets):
+    "The same records, budget and windows: averaged over a frame, picks change less when the window's start does."
+    parts = {name: onsets.take(rows) for name, rows in split_parts(onsets.table).items()}
+    config, fit, scores = PickerConfig(window_length=15.0), FitConfig(steps=150, batch_size=8, learning_rate=4e-3), {}
+    for name, picker in (("gp2vec", Picker(untrained(SMALL), config)), ("PhaseNet", PhaseNetPicker(config))):
+        fit_picker(picker, parts["train"], replace(fit, tune="all"))
+        calibrate(picker, parts["dev"])
+        picker.config = replace(picker.config, shifts=picker.stride)
+        scores[name] = shift_score(shift_consistency(picker, parts["test"]))
+    assert scores["gp2vec"]["rms (s)"] < scores["PhaseNet"]["rms (s)"], scores
+
+
+# Commands
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    untrained(SMALL, 5).save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_writes_tables_and_figures(files, model, tmp_path):
+    lines = ["fractions: [0.2, 1.0]", "picking_fractions: [0.2, 1.0]", "seeds: [0, 1]", "resamples: 20"]
+    lines += ["shares: [0.5, 0.25, 0.25]", "never_test: [S01]", f"arms: [gp2vec, {CONTROL}, STA/LTA]"]
+    lines += ["picker: {layer: 0, window_length: 12.0, width: 8}", "fit: {steps: 4, batch_size: 4}"]
+    (tmp_path / "own.yaml").write_text("\n".join(lines))
+    tasks = ("--task", "phase", "magnitude", "picking")
+    done = run("evaluate", model, files, *tasks, "--settings", tmp_path / "own.yaml", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    for task in ("phase", "magnitude", "picking"):
+        assert {f"{task}.csv", f"{task}.md", f"{task}.png", f"{task}-labels.png"} <= made
+    assert {"picking-residuals.png", "picking-reliability.png"} <= made
+    table = pd.read_csv(tmp_path / "out" / "picking.csv")
+    assert set(table.arm) == {"gp2vec", CONTROL, "STA/LTA"} and (table[table.arm == CONTROL].gain.dropna() == 0).all()
+    assert "P F1 0.1 s" in set(table.metric) and table.labels.nunique() == 2
+    assert "magnitude, noise only" in set(pd.read_csv(tmp_path / "out" / "magnitude.csv").task)
+
+
+def test_adapt_delivers_a_picker_and_a_verdict(files, model, tmp_path):
+    table = pd.read_csv(files / "picks.csv")
+    few = table[table.event_id.isin(table.event_id.unique()[:12])]
+    few.to_csv(files / "few.csv", index=False)
+    done = run("adapt", model, files / "few.csv", "--output", tmp_path, "--steps", 4, "--window-length", 12)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "config.json", "curve.csv", "curve.png", "verdict.txt"} <= made
+    assert not {name for name in made if name.endswith((".pkl", ".pt", ".ckpt", ".bin"))}
+    assert "ot bother" in (tmp_path / "verdict.txt").read_text(), "four steps teach nothing, and it says so"
+    assert Picker.from_pretrained(tmp_path).eval().curves(torch.randn(1, 3, 1200)).isfinite().all()
+
+
+# Real labels
+
+
+@pytest.mark.skipif(
+    not (DATA / "labels" / "picks.csv").exists(), reason="no labels: GP2VEC_DATA names a folder with labels/picks.csv"
+)
+def test_real_labels_are_read_and_split():
+    onsets = read_onsets(DATA / "labels")
+    table = onsets.table
+    assert len(onsets) == len(pd.read_csv(DATA / "labels" / "picks.csv")) and (table.time > 0).all()
+    assert all(np.isfinite(record.data).all() for record in onsets.records)
+    assert {record.component_mask.sum() for record in onsets.records} == {1, 3}
+    picked = onsets.picked()
+    parts = split_parts(picked.table, never_test=PRETRAINED_ON)
+    assert not set(PRETRAINED_ON) & set(picked.table.station.iloc[parts["test"]])
+    assert min(len(rows) for rows in parts.values()) >= 20, {name: len(rows) for name, rows in parts.items()}
+    crops = picked.crops(20.0).table
+    assert crops.P.std() > 3 and {"event", "noise"} == set(crops.label)

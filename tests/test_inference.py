@@ -1,0 +1,136 @@
+"""Annotate, classify, real time and the commands as a user meets them: processes, kills, real days, SeisBench."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gp2vec.data.archive import write_archive
+from gp2vec.data.embedded import SyntheticConfig, synthetic_network
+from gp2vec.data.preprocessing import read_miniseed
+from gp2vec.inference import Picks, annotate, as_seisbench, classify
+from gp2vec.models.encoder import ConvLayer, EncoderConfig
+from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
+from gp2vec.models.transformer import ContextConfig
+from gp2vec.train.picking import Picker, PickerConfig
+
+
+@pytest.fixture(scope="module")
+def picker():
+    "A small picker that knows nothing and has an opinion on everything."
+    torch.manual_seed(0)
+    lenses = EncoderConfig(conv_layers=tuple(ConvLayer(16, k, 2) for k in (11, 7, 5)))
+    context = ContextConfig(num_layers=1, num_heads=2, positions="rotary", dropout=0.0)
+    config = GP2VecConfig.preset("tiny", embed_dim=16, feature_encoder=lenses, context_encoder=context)
+    made = Picker(GP2Vec(config), PickerConfig(width=8)).eval()
+    curves = annotate(made, synthetic_network(SyntheticConfig(stations=1, events=5, duration=300.0)).stream)
+    levels = tuple(float(np.quantile(t.data, 0.98)) for t in curves[:2])  # so that there is something to pick
+    made.config = replace(made.config, thresholds=levels)
+    return made
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, picker):
+    "A folder with an archive of three stations, a picker, and the stream that went in."
+    folder = tmp_path_factory.mktemp("inference")
+    network = synthetic_network(SyntheticConfig(stations=3, events=5, duration=300.0))
+    write_archive(folder / "archive", network.stream, network.inventory)
+    picker.save_pretrained(folder / "picker")
+    return folder, network.stream
+
+
+def command(folder, *words):
+    return subprocess.run([sys.executable, "-m", "gp2vec.cli", *words], cwd=folder, capture_output=True, text=True)
+
+
+def test_classify_with_processes_equals_the_function(archive, picker):
+    folder, stream = archive
+    done = command(folder, "classify", "picker", "archive", "--output", "two.parquet", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    expected = classify(picker, stream).table
+    assert len(expected) > 10 and not (folder / "two.parquet.parts").exists()
+    found = Picks.read(folder / "two.parquet").table
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, atol=1e-5)
+    assert np.abs(found.time - expected.time).max() < 1000
+
+
+def test_a_killed_command_goes_on_where_it_was(archive):
+    folder, _ = archive
+    words = ["annotate", "picker", "archive", "--output", "curves.mseed"]
+    running = subprocess.Popen([sys.executable, "-m", "gp2vec.cli", *words], cwd=folder, stderr=subprocess.DEVNULL)
+    parts = folder / "curves.mseed.parts"
+    until = time.monotonic() + 120
+    while not list(parts.glob("*.mseed")) and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    kept = sorted(parts.glob("*.mseed"))
+    assert kept and not (folder / "curves.mseed").exists()
+    kept[0].write_bytes(kept[0].read_bytes()[:4096])  # a mark: what is kept is used, not made again
+    done = command(folder, *words)
+    assert done.returncode == 0, done.stderr
+    written = read_miniseed((folder / "curves.mseed").read_bytes())
+    assert {t.stats.station for t in written} == {"S01", "S02", "S03"} and len({t.id for t in written}) == 7
+
+
+def test_curves_of_the_command_are_those_of_the_function(archive, picker):
+    folder, stream = archive
+    assert command(folder, "annotate", "picker", "archive", "--output", "again.mseed").returncode == 0
+    written = read_miniseed((folder / "again.mseed").read_bytes())
+    for trace in annotate(picker, stream):
+        letters = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
+        other = written.select(station=trace.stats.station, channel=letters)
+        assert len(other) == 1 and np.allclose(other[0].data, trace.data, atol=1e-5)
+
+
+def test_many_gaps_are_not_slow(picker):
+    stream = synthetic_network(SyntheticConfig(stations=1, events=5, duration=3600.0)).stream
+    begin = stream[0].stats.starttime
+    torn = stream.copy()
+    torn.clear()
+    for i in range(300):
+        torn += stream.slice(begin + 12 * i, begin + 12 * i + 11.5)
+    began = time.process_time()
+    curves = annotate(picker, torn)
+    torn_time = time.process_time() - began
+    assert len(curves) == 900 and torn_time < 30
+
+
+def test_seisbench_model_agrees(picker):
+    pytest.importorskip("seisbench", reason="seisbench is an extra")
+    stream = synthetic_network(SyntheticConfig(stations=1, events=4, duration=200.0)).stream
+    model = as_seisbench(picker)
+    theirs, ours = model.annotate(stream), annotate(picker, stream)
+    assert {t.stats.channel for t in theirs} >= {"GP2Vec_P", "GP2Vec_S"}
+    for phase in "PS":
+        a, b = (s.select(channel=f"GP2Vec_{phase}")[0] for s in (theirs, ours))
+        start, end = max(a.stats.starttime, b.stats.starttime) + 30, min(a.stats.endtime, b.stats.endtime) - 30
+        x, y = a.slice(start, end).data, b.slice(start, end).data
+        n = min(len(x), len(y))
+        assert np.corrcoef(x[:n], y[:n])[0, 1] > 0.9
+    assert len(model.classify(stream).picks.to_dataframe()) > 0
+
+
+@pytest.mark.skipif(not os.environ.get("GP2VEC_DATA"), reason="GP2VEC_DATA names no folder of real recordings")
+def test_real_hour_whole_and_in_pieces(picker):
+    root = Path(os.environ["GP2VEC_DATA"], "buckets/scedc-pds/continuous_waveforms/2019/2019_185")
+    files = sorted(root.glob("CIWBM__HH?*"))
+    stream = read_miniseed(files[0].read_bytes())
+    for file in files[1:]:
+        stream += read_miniseed(file.read_bytes())
+    begin = max(t.stats.starttime for t in stream)
+    stream = stream.slice(begin, begin + 1800)
+    whole = annotate(picker, stream)
+    for a, b in ((0, 700.003), (650.777, 1800)):
+        for trace in annotate(picker, stream.slice(begin + a, begin + b)):
+            inner = trace.slice(trace.stats.starttime + 30, trace.stats.endtime - 30)
+            other = whole.select(id=trace.id).slice(inner.stats.starttime, inner.stats.endtime)
+            assert len(other) == 1 and np.abs(other[0].data - inner.data).max() < 1e-5
