@@ -1,0 +1,74 @@
+"""Seconds of three-component record at 100 Hz that `annotate` reads in a second of one core, beside PhaseNet.
+
+usage: python benchmarks/annotate.py [--presets tiny small base] [--minutes 20] [--rounds 3]
+
+Whole calls on a stream: segments, filters, windows, network, stitching. Weights are random: they do not change the
+speed. `no overlap` has windows side by side. bfloat16 is faster on processors that know it. PhaseNet's architecture
+is measured by SeisBench, as it comes, where that is installed.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from measure import compare, parser
+
+from gp2vec.data.embedded import SyntheticConfig, synthetic_network
+from gp2vec.data.preprocessing import PreprocessingConfig
+from gp2vec.inference import annotate
+from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
+from gp2vec.train.picking import Picker
+
+
+def main():
+    options = parser(__doc__, 3, minutes=20)
+    options.add_argument("--presets", nargs="+", default=["tiny", "small", "base"])
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    seconds = 60.0 * args.minutes
+    stream = synthetic_network(SyntheticConfig(stations=1, events=args.minutes // 2, duration=seconds)).stream
+    for preset in args.presets:
+        torch.manual_seed(0)
+        picker = Picker(GP2Vec(GP2VecConfig.preset(preset))).eval()
+        half = copy.deepcopy(picker).bfloat16()
+        side = PreprocessingConfig(window_length=30.0, overlap=0.0)
+        sides = {
+            f"{preset} bfloat16": lambda p=half: annotate(p, stream),
+            f"{preset} float32": lambda p=picker: annotate(p, stream),
+            f"{preset} bfloat16, no overlap": lambda p=half, c=side: annotate(p, stream, c, blinding=0.0),
+        }
+        row = compare(f"annotate, {preset}, {args.minutes} minutes", sides, args.rounds, _gate, args.json)
+        _say(row, seconds)
+    try:
+        from seisbench.models import PhaseNet
+    except ImportError:
+        print("PhaseNet: not measured, seisbench is not installed")
+        return
+    torch.manual_seed(0)
+    phasenet = PhaseNet(phases="PSN").eval()
+    row = compare(
+        "annotate, PhaseNet's architecture",
+        {"PhaseNet": lambda: phasenet.annotate(stream)},
+        args.rounds,
+        None,
+        args.json,
+    )
+    _say(row, seconds)
+
+
+def _say(row, seconds):
+    for name, side in row["sides"].items():
+        print(f"  {name}: {seconds / side['cpu']:.0f} x real time per core")
+
+
+def _gate(made):
+    "All sides cover the record; half precision moves probabilities by less than a twentieth."
+    curves = [np.stack([t.data for t in made_stream]) for made_stream in made.values()]
+    n = min(c.shape[1] for c in curves[:2])
+    worst = float(np.abs(curves[0][:, :n] - curves[1][:, :n]).max())
+    assert worst < 0.05, worst
+    return f"bfloat16 within {worst:.3f} of float32"
+
+
+if __name__ == "__main__":
+    main()
