@@ -211,7 +211,8 @@ def run(data: Path, output: Path, arm: str, seed: int, steps: int, batch: int) -
     train, val = shards(data, output, changes.get("data.highpass", 1.0))
     windows = WindowData(changed(train, changes), changed(val, changes), batch)
     learning = TrainConfig(
-        max_steps=steps, max_epochs=10_000, seed=seed, log_every=10, checkpoint_every=steps, probe_every=0,
+        max_steps=steps, max_epochs=10_000, seed=seed, log_every=max(1, min(10, steps // 4)),
+        checkpoint_every=steps, probe_every=0,
         optimizer=OptimizerConfig(lr=changes.get("train.lr", 1e-3)), lr_scheduler=SchedulerConfig(warmup_steps=60),
     )  # fmt: skip
     folder = output / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
