@@ -374,7 +374,7 @@ def test_hostile_index(archive, tmp_path, change):
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(0, 40), max_size=12),
-    st.integers(1, 5),
+    st.integers(1, 200),
     st.integers(0, 2**31),
     st.integers(0, 50),
     st.booleans(),
@@ -391,11 +391,19 @@ def test_each_window_once(counts, mix, seed, epoch, shuffle):
 
 def test_the_order_of_a_seed_is_for_ever():
     "Numbers that no version of NumPy, of PyTorch or of this package may change: checkpoints refer to them."
-    order = EpochOrder([5, 4, 3], seed=7, epoch=2, mix=2)
+    order = EpochOrder([5, 4, 3], seed=7, epoch=2, mix=6)
     assert [a.tolist() for a in order[np.arange(12)]] == FROZEN
 
 
 FROZEN = [[2, 1, 2, 1, 1, 1, 2, 0, 0, 0, 0, 0], [2, 1, 1, 2, 3, 0, 0, 4, 3, 0, 1, 2]]
+
+
+def test_a_long_day_is_not_learned_in_one_go():
+    "A shard of 1500 windows among sixty small ones: every hundred windows in a row have their share of it, and no more."
+    order = EpochOrder([1500, *[75] * 60])
+    share = (order[np.arange(len(order))][0] == 0).reshape(-1, 100).mean(1)
+    assert 0.05 < share.min() and share.max() < 0.5, share
+    assert max(map(len, EpochOrder([1] * 1000).groups)) == 64
 
 
 def run(dataset, world, batch_size, workers, drop_last=True):
@@ -416,14 +424,14 @@ WORLDS = [(world, workers) for world in (1, 2, 4) for workers in (0, 1, 2)]
 @pytest.mark.parametrize("world,workers", WORLDS)
 def test_the_same_steps_for_any_world(archive, world, workers):
     "360 windows in steps of 24, and the same after a restart on another number of ranks."
-    dataset = ShardDataset(archive / "shards", seed=3, mix=2)
+    dataset = ShardDataset(archive / "shards", seed=3, mix=100)
     for epoch in (0, 5):
         dataset.set_epoch(epoch)
         reference = [sorted(keys(batch)) for batch in DataLoader(dataset, 24)]
         steps = run(dataset, world, 24 // world, workers)
         assert steps == reference and len(set(sum(steps, []))) == 360
     state = dataset.state_dict(used=7 * 24)
-    resumed = ShardDataset(archive / "shards", seed=3, mix=2)
+    resumed = ShardDataset(archive / "shards", seed=3, mix=100)
     resumed.load_state_dict(json.loads(json.dumps(state)))
     other = {1: 4, 2: 1, 4: 2}[world]
     assert run(resumed, other, 24 // other, workers) == reference[7:] and len(resumed) == 360 - 7 * 24

@@ -60,10 +60,10 @@ from gp2vec.data.preprocessing import (
 
 # %% auto #0
 __all__ = ['logger', 'METADATA_KEYS', 'ENCODINGS', 'FORMAT', 'VERSION', 'BYTES_PER_SAMPLE', 'SEGMENT_COLUMNS', 'MAX_JSON',
-           'window_metadata', 'sample_key', 'encode', 'StationDay', 'station_days', 'Outcome', 'process_station_day',
-           'Batch', 'plan_batches', 'Shard', 'ShardIndex', 'read_index', 'Job', 'write_batch', 'OpenShard',
-           'verify_shards', 'EpochOrder', 'ShardDataset', 'open_executor', 'SeismicDataPipeline', 'WindowStream',
-           'hold_out', 'write_split']
+           'MOST_SHARDS', 'window_metadata', 'sample_key', 'encode', 'StationDay', 'station_days', 'Outcome',
+           'process_station_day', 'Batch', 'plan_batches', 'Shard', 'ShardIndex', 'read_index', 'Job', 'write_batch',
+           'OpenShard', 'verify_shards', 'EpochOrder', 'ShardDataset', 'open_executor', 'SeismicDataPipeline',
+           'WindowStream', 'hold_out', 'write_split']
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-010
 logger = logging.getLogger(__name__)
@@ -866,6 +866,9 @@ def verify_shards(
     return dataset.index
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-051
+MOST_SHARDS = 64  # of a group; those of two groups may be open at a time
+
+
 class EpochOrder:
     """The order of all windows in one epoch, worked out a group of shards at a time."""
 
@@ -875,11 +878,19 @@ class EpochOrder:
         shuffle: bool = True,  # False: as written
         seed: int = 0,  # same seed, same order
         epoch: int = 0,  # another epoch, another order
-        mix: int = 4,  # shards shuffled together
+        mix: int = 40_000,  # windows shuffled together: shards are added to a group until it has as many
     ):
         self.counts, self.shuffle, self.seed, self.epoch = np.asarray(counts, np.int64), shuffle, seed, epoch
-        shards = self._permutation(len(self.counts), 0)
-        self.groups = [shards[i : i + max(1, mix)] for i in range(0, len(shards), max(1, mix))]
+        groups: list[list[int]] = []
+        room = 0
+        for shard in self._permutation(len(self.counts), 0).tolist():
+            if room > 0 and len(groups[-1]) < MOST_SHARDS:
+                groups[-1].append(shard)
+            else:
+                groups.append([shard])
+                room = mix
+            room -= int(self.counts[shard])
+        self.groups = [np.array(group) for group in groups]
         self.ends = np.cumsum([self.counts[group].sum() for group in self.groups], dtype=np.int64)
         self._made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -1019,7 +1030,7 @@ class ShardDataset(_Epochs):
         url: str | os.PathLike,  # folder of shards: a path, file:///… or s3://…
         shuffle: bool = True,  # False: as written
         seed: int = 0,  # same seed, same order
-        mix: int = 4,  # shards open and shuffled together
+        mix: int = 40_000,  # windows shuffled together, of as many shards as hold them
         window_length: float | None = None,  # s; None: as the shards were made
         overlap: float | None = None,  # share of a window that the next one repeats; None: as the shards were made
         part: tuple[int, int] | None = None,  # (i, n): what job i of n wrote alone; None: all
@@ -1027,7 +1038,7 @@ class ShardDataset(_Epochs):
         endpoint_url: str | None = None,  # another S3 server
         cache: Cache | None = None,  # copies of shards on S3; None: three groups of shards in ~/.cache/gp2vec
     ):
-        self.store, self.shuffle, self.mix = _store(url, credentials, endpoint_url), shuffle, max(1, mix)
+        self.store, self.shuffle, self.mix = _store(url, credentials, endpoint_url), shuffle, mix
         self.index = _read_index(self.store, part)
         wanted: dict[str, Any] = {"window_length": window_length, "overlap": overlap}
         self.config = dataclasses.replace(self.index.config, **{k: v for k, v in wanted.items() if v is not None})
@@ -1035,9 +1046,10 @@ class ShardDataset(_Epochs):
         shards = self.index.shards
         self._ends = np.cumsum([shard.count for shard in shards], dtype=np.int64)
         self._checked = torch.zeros(len(shards), dtype=torch.uint8).share_memory_()
+        self._most = min(MOST_SHARDS, int(np.searchsorted(np.cumsum(np.sort(self._counts)), mix)) + 1)  # in a group
         if self.store.s3 and cache is None:
-            largest = max((shard.bytes for shard in shards), default=0)
-            cache = Cache(Path.home() / ".cache/gp2vec", 3 * self.mix * largest)
+            largest = sorted((shard.bytes for shard in shards), reverse=True)[: self._most]
+            cache = Cache(Path.home() / ".cache/gp2vec", 3 * sum(largest))
         self.cache = cache
         self._forget()
 
@@ -1103,7 +1115,7 @@ def _open(dataset: ShardDataset, shard: int) -> _InUse:
     if shard not in dataset._in_use:
         coming = dataset._coming.pop(shard, None)
         path = coming.result() if coming else _fetch(dataset, shard)
-        while len(dataset._in_use) >= 2 * dataset.mix:
+        while len(dataset._in_use) >= 2 * dataset._most:
             del dataset._in_use[next(iter(dataset._in_use))]
         dataset._in_use[shard] = _use(dataset, path, shard)
     return dataset._in_use[shard]
