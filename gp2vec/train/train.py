@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -864,9 +865,13 @@ def run(
         labels = embedded_labels(data.processing).only("P", "S")
         probe.append(OnlineProbe(labels, every=train.probe_every, layer=train.probe_layer))
     loggers = [] if train.trainer.fast_dev_run else build_loggers(config, GP2Vec(model))
-    metrics = pretrain(
-        model, train.run, windows, config.output, data.augment, probe, train.trainer, loggers, config.checkpoints
-    )[1]
+    try:
+        metrics = pretrain(
+            model, train.run, windows, config.output, data.augment, probe, train.trainer, loggers, config.checkpoints
+        )[1]
+    finally:
+        if config.wandb.enabled:  # written out before the process ends, and not continued by its next run
+            import_module("wandb").finish()
     seen = probe[0].history if probe else None
     return metrics, complaints(metrics, seen) if "val_chance" in metrics else []
 
