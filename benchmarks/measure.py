@@ -79,14 +79,17 @@ def compare(
 ) -> dict[str, Any]:  # the row
     "Run each side once for the gate and to warm up, then `rounds` times in turn; print and return medians and ratios."
     load = os.getloadavg()[0]
+    print(row, flush=True)
     holds = gate({name: side() for name, side in sides.items()}) if gate else ""
+    print(f"  gate: {holds or 'none'}", flush=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    for done in range(rounds):
         for name, side in sides.items():
             times[name].append(_once(side))
+        print(f"  round {done + 1}: CPU {', '.join(f'{spent[-1][0]:.4f}' for spent in times.values())} s", flush=True)
     result: dict[str, Any] = {"row": row, "gate": holds, "rounds": rounds, "load": [load, os.getloadavg()[0]]}
     result |= {"machine": machine(), "versions": versions(), "sides": {}} | more
-    print(f"{row}\n  gate: {holds or 'none'}\n  load {load:.1f} -> {os.getloadavg()[0]:.1f}; {result['machine']}")
+    print(f"  load {load:.1f} -> {os.getloadavg()[0]:.1f}; {result['machine']}")
     ours = next(iter(sides))
     base = [statistics.median(t[i] for t in times[ours]) for i in (0, 1)]
     for name, spent in times.items():

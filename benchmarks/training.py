@@ -1,12 +1,12 @@
 """Pretraining from shards beside the model's bare steps on tensors that are ready, and by two processes beside one.
 
-usage: python benchmarks/training.py [--rounds 3] [--steps 30] [--batch 16]
+usage: python benchmarks/training.py [--rounds 3] [--steps 12] [--batch 16]
 
 First row, `tiny`, one thread: `Pretraining` under Lightning, with what watches a run, on windows from local shards; the
 same on one batch that is always there; and a loop with nothing but forward, backward, clipping and the optimiser's
 step on that batch. The data path should not cost more than a twentieth of the bare loop's speed, Lightning and we
-together not more than 3 %. Second row: the same number of windows by two processes (gloo, one thread each) and by one;
-it wants two quiet cores. The processes have been started and warmed up before.
+together not more than 3 %. Second row: half as many steps by two processes (gloo, one thread each), and the same
+windows by one; it wants two quiet cores. The processes have been started and warmed up before.
 """
 
 import copy
@@ -181,14 +181,14 @@ def two_processes(url: str, folder: Path, steps: int, options: Any, stack: ExitS
 
 
 def main() -> None:
-    options = measure.parser(__doc__, 3, steps=30, batch=16).parse_args()
+    options = measure.parser(__doc__, 3, steps=12, batch=16).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         pipeline = SeismicDataPipeline(archive(folder / "archive", 6, 1.0))
         dataset = pipeline.create_webdataset(300, folder / "shards", progress=False)
         from_shards(dataset, folder, options.steps, options)
-        two_processes(str(folder / "shards"), folder, options.steps, options, stack)
+        two_processes(str(folder / "shards"), folder, options.steps // 2, options, stack)
 
 
 if __name__ == "__main__":

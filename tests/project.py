@@ -9,6 +9,8 @@ from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB = ROOT / "nbs", ROOT / "gp2vec"
 EXPORTS = {"export", "exports", "exporti"}
@@ -83,6 +85,11 @@ def requirements() -> dict[str, list[str]]:
     return found | {
         k.removesuffix("_requirements"): shlex.split(v) for k, v in SETTINGS.items() if k.endswith("_requirements")
     }
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    "The `count` of a test that is as strong as its number: few of them by default, many among the slow tests."
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def copy_project(folder: Path) -> Path:

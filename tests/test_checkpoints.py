@@ -25,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import KEY, NEW_KEY, NEW_SECRET, SECRET
 from omegaconf import OmegaConf
+from project import few_or_many
 from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging
 from torch.utils.data import DataLoader
 
@@ -107,9 +108,9 @@ def kill_many(folder: str, count: int, naive: bool, temporary: str) -> dict:
     tempfile.tempdir = temporary
     logging.disable(logging.WARNING)
     for turn in range(count):
-        if turn % 25 == 0:
+        if turn % 5 == 0:
             last, where = 0, f"{folder}/{turn}"
-        again, keep = turn // 25 % 2 == 1, 1 + turn // 50 % 3
+        again, keep = turn // 5 % 2 == 1, 1 + turn // 10 % 3
 
         def make(where=where, keep=keep):
             return Naive(where) if naive else Checkpoints(where, keep=keep)
@@ -133,17 +134,19 @@ def kill_many(folder: str, count: int, naive: bool, temporary: str) -> dict:
     return dict(seen)
 
 
-def test_two_hundred_kills(tmp_path):
-    """Killed 200 times while it saves, half of them with temporary files on another disk: nothing torn, nothing lost.
+@few_or_many(40, 200)
+def test_killed_while_it_saves(tmp_path, count):
+    """Killed again and again while it saves, half the time with temporary files on another disk: nothing torn or lost.
 
     In a process of its own, for one that has threads is not to be forked. First the same is done to a program that
     overwrites its file: the kills are real.
     """
     shared = Path("/dev/shm")
     other = shared if shared.is_dir() and shared.stat().st_dev != tmp_path.stat().st_dev else tmp_path
-    jobs = [("naive", 20, True, tmp_path), ("here", 100, False, tmp_path), ("elsewhere", 100, False, other)]
+    half = count // 2
+    jobs = [("naive", 20, True, tmp_path), ("here", half, False, tmp_path), ("elsewhere", half, False, other)]
     calls = ", ".join(
-        f"t.kill_many({str(tmp_path / n)!r}, {count}, {naive}, {str(d)!r})" for n, count, naive, d in jobs
+        f"t.kill_many({str(tmp_path / n)!r}, {kills}, {naive}, {str(d)!r})" for n, kills, naive, d in jobs
     )
     code = f"import json, test_checkpoints as t; print(json.dumps([{calls}]))"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
@@ -155,8 +158,8 @@ def test_two_hundred_kills(tmp_path):
     seen = ours[0] + ours[1]
     print(dict(naive), dict(seen))
     assert naive["torn"] > 0, naive
-    assert seen["whole"] == 200 and not seen["torn"]
-    assert seen["acknowledged"] >= 200 and seen["inside a save"] >= 100, "the kills came at harmless moments"
+    assert seen["whole"] == count and not seen["torn"]
+    assert seen["acknowledged"] >= count and seen["inside a save"] >= half, "the kills came at harmless moments"
     assert seen["left over"] > 0
 
 

@@ -5,18 +5,21 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from project import LIB, ROOT
-from training import MODEL, begin, end, rows, settings, write_data
+from training import MODEL, begin, end, rows, settings, wait_for, write_data
 
 from gp2vec.data.archive import write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
@@ -134,7 +137,7 @@ WRONG = {
     # what does not fit together, or cannot be
     "model.context_encoder.num_heads=7": "num_heads=7 does not divide embed_dim=768; 6 does",
     "model.quantizer.num_codebooks=3": "does not divide into 3 codebooks",
-    "model.quantizer.type=random_projection": "it compares code vectors",
+    "model.objective=masked_prediction": "it predicts the names of codes alone",
     "data.processing.window_length=2": "at least 2 spans",
     "model.sampling_rate=40": "data.processing.sampling_rate=100 Hz, not 40 Hz",
     "model.feature_encoder.in_channels=1": "Z, N and E",
@@ -214,6 +217,7 @@ def test_files_never_run_code(form, tmp_path, monkeypatch):
     (folder / "evil.yaml").write_text(f"defaults: [/config, _self_]\n{text}\n")
     status, out, err = typed("--config-path=configs", "--config-name=evil")
     assert status == 2 and err.count("\n") == 1 and not out, err
+    assert "name code" in err or not form.startswith("model.quantizer"), err
     (folder / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
     (folder / "config.yaml").write_text("defaults: [data: default, model: default, train: default, evil, _self_]\n")
     assert typed("--config-path=configs")[0] == 2
@@ -257,8 +261,12 @@ def watched(data):
 
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN")
     secrets = dict.fromkeys(names, CANARY) | {"WANDB_ERROR_REPORTING": "false"}
-    process = launch(settings(data, run, 6, *more), log, **secrets)
-    assert process.wait(300) == 0, log.read_text()[-3000:]
+
+    def elsewhere():
+        os.chdir(data)
+        os.environ.update(secrets)
+
+    assert end(begin(settings(data, run, 6, *more), log, elsewhere), 300) == 0, log.read_text()[-3000:]
     return run, log
 
 
@@ -352,12 +360,39 @@ def launch(arguments: list[str], log: Path, **more: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=log.parent)
 
 
-@pytest.mark.slow
+TWO = ["train.trainer={accelerator: cpu, devices: 2, strategy: ddp, precision: 32-true}"]
+
+
 def test_two_processes_stop_together_and_go_on(data, tmp_path):
-    "`devices=2 strategy=ddp`: the first process is told to stop, both save and end with 75, and both go on."
+    "`devices=2 strategy=ddp` as torchrun starts it: one is told to stop, both save and end with 75, and both go on."
     run, log = tmp_path / "run", tmp_path / "log"
-    two = ["train.trainer={accelerator: cpu, devices: 2, strategy: ddp, precision: 32-true}"]
-    process = launch([*settings(data, run, 2000), *two, "train.checkpoint_every=0"], log)
+
+    def start(steps: int, *more: str) -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+        place |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [
+            begin([*settings(data, run, steps), *TWO, *more], log, partial(os.environ.update, place | r)) for r in ranks
+        ]
+
+    pids = start(2000, "train.checkpoint_every=0")
+    wait_for(run, 3, pids[0])
+    os.kill(pids[1], signal.SIGTERM)
+    assert [end(pid) for pid in pids] == [75, 75], log.read_text()[-3000:]
+    done = len(rows(run))
+    assert done < 2000 and log.read_text().count("the same command goes on") == 1
+    assert [end(pid) for pid in start(done + 3)] == [0, 0], log.read_text()[-3000:]
+    assert rows(run) == list(range(done + 3)), "each step once, from one process"
+
+
+@pytest.mark.slow
+def test_two_processes_that_lightning_starts(data, tmp_path):
+    "The same where the command starts the second process itself."
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = launch([*settings(data, run, 2000), *TWO, "train.checkpoint_every=0"], log)
     deadline = time.monotonic() + 120
     while len(rows(run)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -365,7 +400,7 @@ def test_two_processes_stop_together_and_go_on(data, tmp_path):
     assert process.wait(60) == 75, log.read_text()[-3000:]
     done = len(rows(run))
     assert log.read_text().count("the same command goes on") == 1
-    process = launch([*settings(data, run, done + 3), *two], log)
+    process = launch([*settings(data, run, done + 3), *TWO], log)
     assert process.wait(120) == 0, log.read_text()[-3000:]
     assert rows(run) == list(range(done + 3)), "each step once, from one process"
 

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
+from gp2vec.cli import main
 from gp2vec.data.archive import read_manifest
 from gp2vec.data.datapipes import verify_shards
 from gp2vec.data.metadata import StationMetadataManager
@@ -16,17 +17,12 @@ STEPS = 6
 FIGURES = ("windows", "masking", "curves", "codes", "embeddings", "probe")
 
 
-def gp2vec(*arguments, timeout=400):
-    "Run the command in a process of its own."
-    command = [sys.executable, "-m", "gp2vec.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     "A finished demo: its folder and what the command said."
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return folder, gp2vec("demo", "--steps", STEPS, "--output", folder)
+    command = [sys.executable, "-m", "gp2vec.cli", "demo", "--steps", str(STEPS), "--output", folder]
+    return folder, subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
 def test_status_tells_that_nothing_was_learned(demo):
@@ -75,11 +71,11 @@ def test_second_run_reuses(demo):
     saved = folder / "checkpoints" / f"step={STEPS:09d}.ckpt"
     kept = [saved, folder / "shards" / "train" / "plan.json", folder / "metrics.csv"]
     before = [p.stat().st_mtime_ns for p in kept]
-    gp2vec("demo", "--steps", STEPS, "--output", folder)
+    assert main(["demo", "--steps", str(STEPS), "--output", str(folder)]) == 1
     assert [p.stat().st_mtime_ns for p in kept] == before
 
 
-def test_other_settings_are_not_mixed_in(demo):
+def test_other_settings_are_not_mixed_in(demo, capsys):
     folder, _ = demo
-    run = gp2vec("demo", "--steps", STEPS + 1, "--output", folder)
-    assert run.returncode == 2 and "--fresh" in run.stderr
+    assert main(["demo", "--steps", str(STEPS + 1), "--output", str(folder)]) == 2
+    assert "--fresh" in capsys.readouterr().err

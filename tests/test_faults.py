@@ -16,6 +16,7 @@ import obspy
 import pytest
 from conftest import KEY, NEW_KEY, NEW_SECRET, SECRET
 from faultproxy import DAMAGES, LOSSES, REFUSALS
+from project import few_or_many
 
 from gp2vec.data.archive import (
     Archive,
@@ -184,15 +185,16 @@ def endure(server, proxy, name: str, faults: int) -> tuple[int, Counter]:
     return struck, results
 
 
-def test_thousand_faults(s3_server, fault_proxy, monkeypatch):
-    "A thousand faults of every kind in whole reads, parts, listings and writes: no wrong byte is accepted."
+@few_or_many(200, 1000)
+def test_many_faults(s3_server, fault_proxy, monkeypatch, count):
+    "Many faults of every kind in whole reads, parts, listings and writes: no wrong byte is accepted."
     s3_server.env(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(endure, s3_server, fault_proxy, f"endure{n}", 250) for n in range(4)]
+        jobs = [pool.submit(endure, s3_server, fault_proxy, f"endure{n}", count // 4) for n in range(4)]
     struck = sum(job.result()[0] for job in jobs)
     results = sum((job.result()[1] for job in jobs), Counter())
     print(f"{struck} faults: {dict(results)}")
-    assert struck >= 1000 and {outcome for _, outcome in results} == {"right"}, results
+    assert struck >= count and {outcome for _, outcome in results} == {"right"}, results
     assert {kind for kind, _ in results} == {"whole", "parts", "listing", "write"}
 
 

@@ -10,10 +10,11 @@ import time
 import pandas as pd
 import psutil
 import pytest
+from project import few_or_many
 from training import begin, end, last, rows, settings, wait_for, write_data
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
-STOPS, STEPS = 20, 400
+STEPS = 400
 IMPORTS = 20  # s that a new process may take to import everything on a busy machine
 
 
@@ -27,11 +28,11 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_told_to_stop(data, tmp_path, name):
-    "Told 20 times, at any moment, to stop: 20 times it saves its step and ends with 75; no step is lost or done twice."
+@few_or_many(3, 20)
+def test_told_to_stop(data, tmp_path, name, count):
+    "Told again and again, at any moment, to stop: it saves its step and ends with 75; no step is lost or done twice."
     run, log, numbers = tmp_path / "run", tmp_path / "log", random.Random(f"{name} 0")
-    stops = STOPS if name == "SIGTERM" else 3
-    for _ in range(stops):
+    for _ in range(count):
         before = len(rows(run))
         pid = begin(settings(data, run, STEPS, "train.checkpoint_every=0"), log)
         wait_for(run, before + 1, pid)
@@ -40,7 +41,7 @@ def test_told_to_stop(data, tmp_path, name):
         assert end(pid, 30) == 75, log.read_text()[-3000:]
         assert rows(run) == list(range(last(run))), "saved at the step it was at"
     assert len(rows(run)) < STEPS, "the stops came before the end"
-    assert log.read_text().count("the same command goes on") == stops
+    assert log.read_text().count("the same command goes on") == count
 
 
 def test_interrupted_run_is_the_uninterrupted_one(data, tmp_path):
