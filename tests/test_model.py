@@ -25,6 +25,7 @@ CODES = {
     "ema": ("contrastive", QuantizerConfig("ema", 2, 16, 32)),
     "ema names": ("masked_prediction", QuantizerConfig("ema", 2, 16, 32)),
     "random_projection": ("masked_prediction", QuantizerConfig("random_projection", 1, 64, 16)),
+    "random_projection vectors": ("contrastive", QuantizerConfig("random_projection", 1, 64, 16)),
 }
 
 

@@ -399,7 +399,7 @@ FROZEN = [[2, 1, 2, 1, 1, 1, 2, 0, 0, 0, 0, 0], [2, 1, 1, 2, 3, 0, 0, 4, 3, 0, 1
 
 
 def test_a_long_day_is_not_learned_in_one_go():
-    "A shard of 1500 windows among sixty small ones: every hundred windows in a row have their share of it, and no more."
+    "A shard of 1500 windows among sixty small ones: any hundred windows in a row have their share of it, no more."
     order = EpochOrder([1500, *[75] * 60])
     share = (order[np.arange(len(order))][0] == 0).reshape(-1, 100).mean(1)
     assert 0.05 < share.min() and share.max() < 0.5, share

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from .conditioning import ConditioningConfig, StationEncoder, index_words
@@ -31,9 +35,10 @@ from gp2vec.models.quantizer import (
 from .transformer import ContextConfig, ContextEncoder
 
 # %% auto #0
-__all__ = ['BANDS', 'CLASSES', 'OBJECTIVES', 'PRESETS', 'normalise', 'spread_spans', 'span_mask', 'pack', 'sample_negatives',
-           'Answer', 'contrastive', 'code_prediction', 'settings_from_dict', 'settings_to_dict', 'TasksConfig',
-           'task_labels', 'GP2VecConfig', 'Pretext', 'TaskHead', 'SpectrogramBranch', 'Backbone', 'GP2Vec', 'Encode']
+__all__ = ['BANDS', 'CLASSES', 'OBJECTIVES', 'PRESETS', 'SAFETENSORS', 'normalise', 'spread_spans', 'span_mask', 'pack',
+           'sample_negatives', 'Answer', 'contrastive', 'code_prediction', 'settings_from_dict', 'settings_to_dict',
+           'TasksConfig', 'task_labels', 'GP2VecConfig', 'Pretext', 'TaskHead', 'SpectrogramBranch', 'Backbone',
+           'shipped', 'locate', 'Pretrained', 'GP2Vec', 'Encode']
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-008
 def normalise(
@@ -333,9 +338,7 @@ class GP2VecConfig:
 
     embed_dim: int = 768  # width of the model, D
     sampling_rate: float = 100.0  # of the waveforms, Hz
-    objective: str = (
-        "contrastive"  # "contrastive" (gumbel or ema codes) or "masked_prediction" (random_projection or ema)
-    )
+    objective: str = "contrastive"  # "contrastive" (any codes) or "masked_prediction" (random_projection or ema)
     mask_prob: float = 0.65  # expected spans times their length over the window
     mask_span: float = 1.2  # length of a hidden span, seconds
     num_negatives: int = 100  # contrastive: distractors per hidden frame, K
@@ -355,11 +358,10 @@ class GP2VecConfig:
         "Refuse what does not fit together."
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        fitting, why = OBJECTIVES[self.objective]
-        if self.quantizer.type not in fitting:
+        if self.objective == "masked_prediction" and self.quantizer.type == "gumbel":
             raise ValueError(
-                f"the {self.objective} objective needs quantizer.type={' or '.join(fitting)}, "
-                f"not {self.quantizer.type!r}: {why}"
+                "the masked_prediction objective needs quantizer.type=random_projection or ema, not 'gumbel': "
+                "it predicts the names of codes alone, and gumbel codes learn only through their vectors"
             )
         channels = self.feature_encoder.conv_layers[-1].channels
         if self.quantizer.type == "ema" and self.quantizer.codevector_dim != channels:
@@ -389,20 +391,15 @@ class GP2VecConfig:
         return replace(PRESETS[name], **changes)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-045
-OBJECTIVES = {  # name -> (quantisers that fit, why no other does)
-    "contrastive": (
-        ("gumbel", "ema"),
-        "it compares code vectors, and random_projection codes are names without vectors that learn",
-    ),
-    "masked_prediction": (
-        ("random_projection", "ema"),
-        "it predicts the names of codes alone, and gumbel codes learn only through their vectors",
-    ),
-}
+OBJECTIVES = ("contrastive", "masked_prediction")
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-047
 def _light(channels):
     return EncoderConfig(conv_layers=tuple(ConvLayer(channels, kernel, 2) for kernel in (11, 7, 5)))
+
+
+def _frozen():
+    return QuantizerConfig("random_projection", num_codebooks=1, codebook_size=512, codevector_dim=16)
 
 
 PRESETS = {
@@ -411,12 +408,15 @@ PRESETS = {
         objective="masked_prediction",
         feature_penalty=0.0,
         feature_encoder=_light(128),
-        quantizer=QuantizerConfig("random_projection", num_codebooks=1, codebook_size=512, codevector_dim=16),
+        quantizer=_frozen(),
         context_encoder=ContextConfig(num_layers=4, num_heads=6, conv_pos=32, dropout=0.0),
     ),
     "small": GP2VecConfig(
         embed_dim=256,
+        objective="masked_prediction",
+        feature_penalty=0.0,
         feature_encoder=_light(256),
+        quantizer=_frozen(),
         context_encoder=ContextConfig(num_layers=6, num_heads=8, conv_pos=32),
     ),
     "base": GP2VecConfig(),
@@ -587,9 +587,53 @@ class Backbone(nn.Module):
         return self.station_encoder(known, batch_size)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-063
+SAFETENSORS = "model.safetensors"
+
+
+def shipped() -> list[str]:  # such as gp2vec-tiny
+    "Names of the pretrained models that come with gp2vec."
+    return sorted(entry.name for entry in (files("gp2vec") / "zoo").iterdir() if (entry / "config.json").is_file())
+
+
+def locate(
+    name: str | os.PathLike,  # folder, name on the Hub, or name of a model that ships with gp2vec
+) -> str:  # folder, or name on the Hub
+    "Where a model is; a folder of that name comes first, and a name that can be neither is a FileNotFoundError."
+    if Path(name).is_dir():
+        return os.fspath(name)
+    if os.fspath(name) in shipped():
+        return str(files("gp2vec") / "zoo" / os.fspath(name))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(name)):
+        raise FileNotFoundError(
+            f"expected a folder, a name on the Hub such as owner/name, or one of {', '.join(shipped())}, got {name}"
+        )
+    return os.fspath(name)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-064
+class Pretrained(PyTorchModelHubMixin):
+    "`from_pretrained` of a folder, a name on the Hub or one of the models that `shipped` names."
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | os.PathLike,  # folder, name on the Hub, or name of a model that ships with gp2vec
+        **options: Any,  # of `PyTorchModelHubMixin.from_pretrained`: revision, cache_dir, token, local_files_only, …
+    ):  # the model, in evaluation mode
+        "Load settings (JSON) and weights (safetensors); a weight that is missing or unknown is a RuntimeError."
+        return super().from_pretrained(locate(name), strict=True, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, **options):
+        "As the parent, without its way out to pickled weights."
+        where = {k: options.pop(k) for k in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
+        inside = Path(model_id) / SAFETENSORS
+        path = str(inside) if inside.exists() else hf_hub_download(model_id, SAFETENSORS, **where)
+        return cls._load_as_safetensor(cls(**options), path, map_location, strict)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #10-066
 class GP2Vec(
     Backbone,
-    PyTorchModelHubMixin,
+    Pretrained,
     library_name="gp2vec",
     repo_url="https://github.com/gp2vec/gp2vec",
     license="mit",
@@ -637,14 +681,14 @@ class GP2Vec(
         target = self.quantizer(features, x, mask, noise)
         answer = _answer(self, context[mask], target, mask.sum(1), negatives)
         loss = answer.loss + config.diversity_weight * target.diversity + config.feature_penalty * penalty
-        if target.vectors is not None and config.objective == "contrastive":
+        if config.objective == "contrastive":
             loss = loss + config.commitment_weight * target.commitment
         tasks = {name: head(context, mask, metadata) for name, head in self.tasks.items()}
         for name, weight in config.tasks.used.items():
             loss = loss + weight * tasks[name]
         return Pretext(loss, answer, target.diversity, penalty, target.codes, mask, tasks)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-064
+# %% ../../nbs/10_models.gp2vec.ipynb #10-067
 def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, negatives: Tensor | None) -> Answer:
     "What the objective of a model makes of the context at the hidden frames, (M, D)."
     config = model.config
@@ -658,7 +702,7 @@ def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, n
     chance = loss.new_tensor(1 / (1 + negatives.shape[-1]))
     return Answer(loss, accuracy, chance, target.codes, config.quantizer.codebook_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #10-066
+# %% ../../nbs/10_models.gp2vec.ipynb #10-069
 class Encode(nn.Module):
     "`encode` as a module, for `torch.export`, ONNX and other programs; batch and length may be dynamic."
 

@@ -70,7 +70,7 @@ class Quantized:
     "The masked frames of a batch, quantised; M is their number over all windows."
 
     codes: Tensor  # chosen codeword of each group, (M, G) int64
-    vectors: Tensor | None  # their vectors, (M, codevector_dim); None where the codes have none that learn
+    vectors: Tensor  # their vectors, (M, codevector_dim)
     diversity: Tensor  # loss that is 0 when all codewords are used equally and 1 - 1/V when one is, scalar
     commitment: Tensor  # loss that draws frames to their codewords, scalar; 0 where there is none
     codebook_size: int  # codewords per group, V
@@ -170,6 +170,12 @@ def log_spectra(
     return torch.fft.rfft(pieces * hann).abs()[..., 1:].clamp_min(1e-3).log().transpose(1, 2)
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-027
+def _nearest(frames, codevectors):
+    "Names (M, G) and vectors (M, G, D / G) of the codewords nearest to frames (M, G, D / G)."
+    codes = (2 * torch.einsum("mgd,gvd->mgv", frames, codevectors) - codevectors.square().sum(-1)).argmax(-1)
+    return codes, codevectors[torch.arange(len(codevectors), device=codes.device), codes]
+
+# %% ../../nbs/07_models.quantizer.ipynb #07-028
 class RandomProjectionQuantizer(nn.Module):
     "Frozen codes of short-time spectra ([BEST-RQ](https://arxiv.org/abs/2202.01855)); the waveform alone decides."
 
@@ -231,11 +237,11 @@ class RandomProjectionQuantizer(nn.Module):
             values = (values - self.mean) / torch.where(self.std > 0, self.std, 1.0)
             level = (values * there).sum((1, 2, 3), keepdim=True) / there.expand_as(values).sum((1, 2, 3), keepdim=True)
             point = torch.einsum("mi,gid->mgd", ((values - level) * there)[mask].flatten(1), self.projection)
-            codes = torch.einsum("mgd,gvd->mgv", point, self.codevectors).argmax(-1)
-        nothing = codes.new_zeros((), dtype=torch.float32)
-        return Quantized(codes, None, nothing, nothing, self.codevectors.shape[1])
+            codes, vectors = _nearest(point, self.codevectors)
+        nothing = vectors.new_zeros(())
+        return Quantized(codes, vectors.flatten(1), nothing, nothing, self.codevectors.shape[1])
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-032
+# %% ../../nbs/07_models.quantizer.ipynb #07-033
 def _place_among_processes(count, device):
     "Frames of all processes, and how many of them belong to processes before this one."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -245,12 +251,6 @@ def _place_among_processes(count, device):
     counts[rank] = count
     torch.distributed.all_reduce(counts)
     return int(counts.sum()), int(counts[:rank].sum())
-
-
-def _nearest(frames, codevectors):
-    "Names (M, G) and vectors (M, G, D / G) of the codewords nearest to frames (M, G, D / G)."
-    codes = (2 * torch.einsum("mgd,gvd->mgv", frames, codevectors) - codevectors.square().sum(-1)).argmax(-1)
-    return codes, codevectors[torch.arange(len(codevectors), device=codes.device), codes]
 
 
 def _draw_over_processes(frames, size, seed):
@@ -266,7 +266,7 @@ def _draw_over_processes(frames, size, seed):
         found[mine] = frames[order[mine], group[mine]]
     return _over_processes(found), total
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-033
+# %% ../../nbs/07_models.quantizer.ipynb #07-034
 class _MovingMeans(nn.Module):
     "Codewords that follow the frames that chose them, alike in all processes."
 
@@ -300,7 +300,7 @@ class _MovingMeans(nn.Module):
             self.counts = torch.where(dead, use, self.counts)
             self.sums = torch.where(dead[..., None], found * use, self.sums)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-034
+# %% ../../nbs/07_models.quantizer.ipynb #07-035
 class EMAQuantizer(_MovingMeans):
     "Running product k-means of the frames ([VQ-VAE](https://arxiv.org/abs/1711.00937), appendix A)."
 
@@ -344,7 +344,7 @@ class EMAQuantizer(_MovingMeans):
                 perplexity = torch.exp(-torch.xlogy(share, share).sum(-1)).sum()
         return Quantized(codes, vectors, 1 - perplexity / (groups * size), commitment, size)
 
-# %% ../../nbs/07_models.quantizer.ipynb #07-041
+# %% ../../nbs/07_models.quantizer.ipynb #07-042
 def build_quantizer(
     config: QuantizerConfig,  # settings
     dim: int,  # width of the encoder's frames

@@ -382,7 +382,8 @@ def _find(source: str) -> dict[str, Any]:
 def export_checkpoint(
     checkpoint: str | os.PathLike,  # folder of a run or of its checkpoints, or one .ckpt; local or `s3://…`
     folder: str | os.PathLike,  # made where it is absent
-) -> GP2Vec:  # the model, in evaluation mode
+    half: bool = False,  # store weights in 16 bits, which are read as 32
+) -> GP2Vec:  # the model as it will be read, in evaluation mode
     "Write `model.safetensors` and `config.json` that `GP2Vec.from_pretrained` reads."
     saved, prefix = _find(os.fspath(checkpoint)), "model."
     try:
@@ -394,5 +395,5 @@ def export_checkpoint(
         raise ValueError(
             f"{checkpoint} is not a checkpoint of gp2vec pretraining ({said}): give one of its runs"
         ) from error
-    model.eval().save_pretrained(Path(folder))
-    return model
+    (model.half() if half else model).eval().save_pretrained(Path(folder))
+    return model.float()

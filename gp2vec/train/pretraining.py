@@ -250,9 +250,14 @@ def code_metrics(
     }
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-027
+def _distributed() -> bool:
+    "Whether this process is one of several."
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _over_processes(x: torch.Tensor) -> torch.Tensor:
     "Sum over the processes of a run, in place; `x` itself where there is one."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _distributed():
         torch.distributed.all_reduce(x)
     return x
 
@@ -267,11 +272,6 @@ def _fair_loss(config: GP2VecConfig, step: Pretext, frames: int, windows: int) -
     rest = config.feature_penalty * step.penalty + sum(config.tasks.used[n] * v for n, v in step.tasks.items())
     even = config.diversity_weight * step.diversity  # is that of all processes already
     return (step.loss - rest - even) * weight[0] + rest * weight[1] + even, weight
-
-
-def _distributed() -> bool:
-    "Whether this process is one of several."
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _told(step: Pretext, size: int) -> torch.Tensor:

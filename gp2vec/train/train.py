@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -413,7 +412,8 @@ def read_settings(
     composed: DictConfig,  # from `compose`
 ) -> RunConfig:  # checked
     "The settings of a run; what is wrong is a ValueError of one sentence."
-    _refuse_strangers(cast(dict[str, Any], OmegaConf.to_container(composed)), _tree(RunConfig))
+    plain = cast(dict[str, Any], OmegaConf.to_container(composed))
+    _refuse_strangers(plain, _tree(RunConfig))  # before a reference to what they displaced fails less clearly
     try:
         settings = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
@@ -870,8 +870,9 @@ def run(
             model, train.run, windows, config.output, data.augment, probe, train.trainer, loggers, config.checkpoints
         )[1]
     finally:
-        if config.wandb.enabled:  # written out before the process ends, and not continued by its next run
-            import_module("wandb").finish()
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):  # written out now, and not continued by the next run of this process
+                logger.experiment.finish()
     seen = probe[0].history if probe else None
     return metrics, complaints(metrics, seen) if "val_chance" in metrics else []
 
