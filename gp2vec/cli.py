@@ -27,13 +27,26 @@ from rich.progress import Progress
 import gp2vec
 
 # %% auto #0
-__all__ = ['app', 'Codes', 'Time', 'console', 'demo', 'manifest', 'metadata', 'shards', 'pretrain', 'export', 'evaluate', 'adapt',
-           'embed', 'annotate', 'classify', 'main']
+__all__ = ['app', 'Codes', 'Time', 'ModelName', 'PickerName', 'Inputs', 'StationTable', 'Workers', 'Executor', 'console', 'demo',
+           'manifest', 'metadata', 'shards', 'pretrain', 'export', 'evaluate', 'adapt', 'embed', 'annotate', 'classify',
+           'main']
 
 # %% ../nbs/22_cli.ipynb #22-006
 app = App(name="gp2vec", help="Self-supervised learning for seismic waveforms.", version=gp2vec.__version__)
 Codes = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
 Time = Annotated[str, Parameter(help="UTC, such as 2019-07-04; the interval is half-open.")]
+ModelName = Annotated[
+    str, Parameter(help="Folder of a model, or a name: gp2vec-tiny, which ships, or owner/name on the Hub.")
+]
+PickerName = Annotated[str, Parameter(help="Folder of a picker, as gp2vec adapt makes one, or its name on the Hub.")]
+Inputs = Annotated[
+    str, Parameter(help="miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.")
+]
+StationTable = Annotated[str, Parameter(help="Station table; without it epochs, gains and places are not known.")]
+Workers = Annotated[int, Parameter(help="Processes.")]
+Executor = Annotated[
+    str, Parameter(help="processes on this machine, or dask://host:port of a dask.distributed scheduler.")
+]
 console = Console()
 
 
@@ -243,11 +256,11 @@ def shards(
     /,
     *,
     output: str,
-    stations: str = "",
+    stations: StationTable = "",  # made by gp2vec metadata
     held_out: float = 0.1,
     shard: str = "",
-    workers: int = 1,
-    executor: str = "processes",
+    workers: Workers = 1,  # how many processes
+    executor: Executor = "processes",  # where they run
     shard_size: int = 10000,
     sampling_rate: float = 100.0,
     window_length: float = 30.0,
@@ -263,16 +276,10 @@ def shards(
         Manifest of the objects.
     output
         Folder or S3 URL; gets `train` and, at held-out stations, `val`.
-    stations
-        Station table; without it amplitudes are in counts.
     held_out
         Share of the stations to hold out; 0 writes all into the folder itself.
     shard
         i/n: job i of n writes its share.
-    workers
-        Processes.
-    executor
-        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     shard_size
         Windows per shard, about; 80000 makes 1.4 GB.
     sampling_rate
@@ -345,6 +352,8 @@ def export(
     checkpoint: str,
     folder: str,
     /,
+    *,
+    half: bool = False,
 ) -> None:
     """Turn a checkpoint into a folder for `GP2Vec.from_pretrained`.
 
@@ -354,16 +363,18 @@ def export(
         Folder of a run, whose newest checkpoint that verifies is taken, or one .ckpt; on S3 too.
     folder
         Gets model.safetensors and config.json.
+    half
+        Store weights in 16 bits: half the size, and read as 32 bits all the same.
     """
     from gp2vec.train.checkpoints import export_checkpoint
 
-    model = export_checkpoint(checkpoint, folder)
+    model = export_checkpoint(checkpoint, folder, half)
     console.print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 # %% ../nbs/22_cli.ipynb #22-024
 @app.command
 def evaluate(
-    model: str,
+    model: ModelName,  # folder or name
     data: str,
     /,
     *,
@@ -375,8 +386,6 @@ def evaluate(
 
     Parameters
     ----------
-    model
-        Folder of an exported model, or its name on the hub.
     data
         Folder with picks.csv and its NumPy files, or of labelled windows: waveforms.npy and labels.parquet.
     task
@@ -421,7 +430,7 @@ def adapt(
     Parameters
     ----------
     model
-        Folder of a picker or of an exported model, or its name on the hub.
+        Folder or name of a model, as of embed, or of a picker to go on with.
     labels
         Folder with picks.csv (trace_file, network, station, p_sample, s_sample) and the NumPy files it names.
     output
@@ -452,33 +461,23 @@ def adapt(
 # %% ../nbs/22_cli.ipynb #22-027
 @app.command
 def embed(
-    model: str,
+    model: ModelName,  # folder or name
     /,
-    *inputs: str,
+    *inputs: Inputs,  # what to read
     output: str,
-    stations: str = "",
+    stations: StationTable = "",  # made by gp2vec metadata
     layer: int | None = None,
-    workers: int = 1,
-    executor: str = "processes",
+    workers: Workers = 1,  # how many processes
+    executor: Executor = "processes",  # where they run
 ) -> None:
     """Embed the windows of miniSEED files, archives or manifests.
 
     Parameters
     ----------
-    model
-        Folder of an exported model, or its name on the hub.
-    inputs
-        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
     output
         Embeddings to write, .parquet.
-    stations
-        Station table; without it nothing is known of the stations.
     layer
         Of the context network; the last where not given.
-    workers
-        Processes.
-    executor
-        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     """
     from gp2vec.inference import Embeddings
 
@@ -492,30 +491,20 @@ def embed(
 # %% ../nbs/22_cli.ipynb #22-028
 @app.command
 def annotate(
-    picker: str,
+    picker: PickerName,  # folder or name
     /,
-    *inputs: str,
+    *inputs: Inputs,  # what to read
     output: str,
-    stations: str = "",
-    workers: int = 1,
-    executor: str = "processes",
+    stations: StationTable = "",  # made by gp2vec metadata
+    workers: Workers = 1,  # how many processes
+    executor: Executor = "processes",  # where they run
 ) -> None:
     """Write the curves of a picker over miniSEED files, archives or manifests.
 
     Parameters
     ----------
-    picker
-        Folder of a picker, or its name on the hub.
-    inputs
-        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
     output
         Curves to write, .mseed; the curves of HH are the channels HHP, HHS and HHD.
-    stations
-        Station table; without it nothing is known of epochs.
-    workers
-        Processes.
-    executor
-        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     """
     work = _Work("annotate", picker, stations, {})
     parts = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
@@ -528,33 +517,23 @@ def annotate(
 # %% ../nbs/22_cli.ipynb #22-029
 @app.command
 def classify(
-    picker: str,
+    picker: PickerName,  # folder or name
     /,
-    *inputs: str,
+    *inputs: Inputs,  # what to read
     output: str,
-    stations: str = "",
+    stations: StationTable = "",  # made by gp2vec metadata
     threshold: float | None = None,
-    workers: int = 1,
-    executor: str = "processes",
+    workers: Workers = 1,  # how many processes
+    executor: Executor = "processes",  # where they run
 ) -> None:
     """Pick P and S waves in miniSEED files, archives or manifests.
 
     Parameters
     ----------
-    picker
-        Folder of a picker, or its name on the hub.
-    inputs
-        miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.
     output
         Picks to write: .csv, .parquet, or .xml for QuakeML.
-    stations
-        Station table; without it nothing is known of epochs.
     threshold
         Least probability of a pick; the picker's own where not given.
-    workers
-        Processes.
-    executor
-        Where they run: processes on this machine, or dask://host:port of a dask.distributed scheduler.
     """
     from gp2vec.inference import Picks
 
@@ -576,16 +555,19 @@ class _Work:
     options: dict[str, Any]
 
     def name(self, unit: Any) -> str:
-        "A name that says what was read and how; another file, model or option gives another."
-        where = Path(unit) if isinstance(unit, str) else None
-        identity = [unit, where.stat().st_size, where.stat().st_mtime_ns] if where else [repr(unit)]
-        made = Path(self.model)
-        known = (
-            sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in made.iterdir()) if made.is_dir() else []
-        )
-        text = json.dumps([self.verb, self.model, known, self.stations, self.options, identity], default=str)
-        title = where.name if where else f"{unit.network}.{unit.station}"
+        "A name that says what was read and how; another file, model, station table or option gives another."
+        from gp2vec.models.gp2vec import locate
+
+        title, read = (Path(unit).name, unit) if isinstance(unit, str) else (f"{unit.network}.{unit.station}", "")
+        files = [(place, _version(place)) for place in (locate(self.model), self.stations, read) if place]
+        text = json.dumps([self.verb, self.options, files, "" if read else repr(unit)], default=str)
         return f"{re.sub('[^A-Za-z0-9.]', '_', title)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _version(place: str) -> list[tuple]:
+    "Names, sizes and times of a file, or of the files in a folder; nothing of what is elsewhere."
+    files = sorted(Path(place).iterdir()) if Path(place).is_dir() else [Path(place)]
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
 
 
 @lru_cache(maxsize=1)
@@ -724,13 +706,13 @@ def _launch(
     Parameters
     ----------
     verbose
-        Say more.
+        Say more, and when.
     quiet
         Say nothing but errors.
     """
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
     # The level is the handler's: libraries that are imported later set that of their loggers themselves.
-    handler = RichHandler(level, Console(stderr=True), show_path=False)
+    handler = RichHandler(level, Console(stderr=True), show_path=False, show_time=verbose)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     console.quiet = quiet
     try:

@@ -43,8 +43,9 @@ from .models.gp2vec import GP2Vec
 from .train.picking import Picker, find_picks
 
 # %% auto #0
-__all__ = ['TABLE_COLUMNS', 'logger', 'PICK_TABLE', 'DETECTION_TABLE', 'Embeddings', 'frame_times', 'embed', 'cosine', 'annotate',
-           'Picks', 'classify', 'as_seisbench', 'Familiar']
+__all__ = ['TABLE_COLUMNS', 'logger', 'PICK_TABLE', 'DETECTION_TABLE', 'Embeddings', 'frame_times', 'embed', 'cosine',
+           'stitching_weights', 'anchored', 'window_curves', 'annotate', 'Picks', 'picks_of', 'classify',
+           'as_seisbench', 'Familiar']
 
 # %% ../nbs/18_inference.ipynb #18-008
 TABLE_COLUMNS = ("network", "station", "location", "band", "starttime", "endtime", "components", "log_scale", "units")
@@ -75,6 +76,10 @@ class Embeddings:
         frame = self.table.assign(embedding=list(self.vectors))
         frame.attrs = {"rejects": dict(self.rejects)}
         return frame
+
+    def to_xarray(self) -> Any:  # an `xarray.DataArray`, (n, D), with the SEED ids and the table as coordinates
+        "Vectors with labelled axes, for who works with xarray (extra `xarray`)."
+        return _labelled(self)
 
     def write(
         self,
@@ -111,7 +116,23 @@ class Embeddings:
         rejects = frame.attrs.pop("rejects", {})
         return cls(vectors, frame, rejects)
 
-# %% ../nbs/18_inference.ipynb #18-010
+# %% ../nbs/18_inference.ipynb #18-009
+def _labelled(embeddings: Embeddings) -> Any:
+    "The vectors as an array of xarray."
+    try:
+        import xarray  # an extra
+    except ImportError as error:
+        raise ImportError("an array with labels comes from xarray: pip install 'gp2vec[xarray]'") from error
+    table = embeddings.table.assign(
+        id=embeddings.table[["network", "station", "location", "band"]].agg(".".join, axis=1)
+    )
+    times = {name: pd.to_datetime(table[name]) for name in ("starttime", "endtime", "time") if name in table}
+    known = {name: ("window", column.to_numpy()) for name, column in table.assign(**times).items()}
+    return xarray.DataArray(
+        embeddings.vectors, known, ("window", "dimension"), "embedding", {"rejects": str(embeddings.rejects)}
+    )
+
+# %% ../nbs/18_inference.ipynb #18-011
 def frame_times(
     model: GP2Vec,  # its encoder says where frames are
     samples: int,  # length of the window, N
@@ -122,7 +143,7 @@ def frame_times(
     start, end = (np.rint(x * 1e9 / model.config.sampling_rate).astype(np.int64) for x in (first, first + seen))
     return start, end
 
-# %% ../nbs/18_inference.ipynb #18-013
+# %% ../nbs/18_inference.ipynb #18-014
 logger = logging.getLogger(__name__)
 
 
@@ -174,7 +195,7 @@ def _encode(model: GP2Vec, batch: list[Window], lookup: Lookup | None, layer: in
         metadata = {k: torch.tensor([m[k] for m in known], dtype=torch.float32, device=device) for k in METADATA_KEYS}
     return model.encode(x, metadata, mask, log_scale, layer).float().cpu()
 
-# %% ../nbs/18_inference.ipynb #18-014
+# %% ../nbs/18_inference.ipynb #18-015
 def _report(lost: list[Reject], made: str) -> dict[str, int]:
     "Count by reason and say it; a mere tail that fills no window is no warning."
     counts = dict(sorted(Counter(r.reason for r in lost).items()))
@@ -207,7 +228,7 @@ def _why_nothing(stream: Stream, config: PreprocessingConfig, lost: list[Reject]
         f"got {len(stream)} traces and no usable window ({why}): give a longer or better record, or shorter windows"
     )
 
-# %% ../nbs/18_inference.ipynb #18-015
+# %% ../nbs/18_inference.ipynb #18-016
 def embed(
     model: GP2Vec,  # pretrained, on any device; put back into its mode afterwards
     stream: Stream | Trace,  # records in counts: any stations, rates, gaps, order; left as it is
@@ -250,7 +271,7 @@ def _per_frame(table: pd.DataFrame, start: np.ndarray, end: np.ndarray) -> pd.Da
     start, end = np.tile(start, len(table)), np.tile(end, len(table))
     return frames.assign(starttime=first + start, endtime=first + end, time=first + (start + end) // 2)
 
-# %% ../nbs/18_inference.ipynb #18-033
+# %% ../nbs/18_inference.ipynb #18-034
 def cosine(
     vectors: np.ndarray,  # collection, (n, D)
     query: np.ndarray,  # one vector, (D,)
@@ -260,9 +281,13 @@ def cosine(
     size = np.linalg.norm(x, axis=1) * np.linalg.norm(q)
     return x @ q / np.where(size > 0, size, 1)
 
-# %% ../nbs/18_inference.ipynb #18-039
-def _weights(length: int, hop: int, blind: int) -> np.ndarray:
-    "Weights of a window's samples, (length,) float32: none near its ends, then ramps; one every `hop` add up to 1."
+# %% ../nbs/18_inference.ipynb #18-040
+def stitching_weights(
+    length: int,  # samples of a window
+    hop: int,  # samples from window to window
+    blind: int,  # samples at either end that have no say
+) -> np.ndarray:  # (length,) float32
+    "Weights of a window's samples: none near its ends, then ramps; those of windows every `hop` add up to 1."
     used = length - 2 * blind
     ramp = min(used - hop, used // 2)
     if blind < 0 or ramp < 0:
@@ -276,21 +301,40 @@ def _weights(length: int, hop: int, blind: int) -> np.ndarray:
     np.add.at(total, np.arange(length) % hop, raw)
     return (raw / total[np.arange(length) % hop]).astype(np.float32)
 
-# %% ../nbs/18_inference.ipynb #18-042
-def _anchored(segment: Segment, rate: float) -> Segment:
-    "The same from a sample on that the resampler keeps whatever sample the record begins with."
+# %% ../nbs/18_inference.ipynb #18-044
+def anchored(
+    segment: Segment,  # as recorded
+    rate: float,  # that it will be resampled to, Hz
+) -> Segment:  # without its first few samples
+    "The same from a sample on that the resampler keeps, whatever sample the record begins with."
     period = Fraction(rate / segment.sampling_rate).limit_denominator(MAX_FACTOR).denominator
     late = -round(segment.starttime * segment.sampling_rate / 1e9) % period
     time = segment.starttime + round(late * 1e9 / segment.sampling_rate)
     return replace(segment, starttime=time, data=segment.data[:, late:]) if late else segment
 
 
+def window_curves(
+    picker: Picker,  # on any device, in evaluation mode
+    segment: Segment,  # prepared
+    config: PreprocessingConfig,  # says how long windows are
+    starts: np.ndarray,  # first samples of the windows, (n,)
+    batch_size: int = 8,  # windows at a time
+) -> Iterator[tuple[int, np.ndarray]]:  # number of the window; its curves, (curves, N)
+    "What a picker says of windows, in order; those without a living component, or with a NaN, are left out."
+    grid = window_grid(segment.data.shape[1], segment.component_mask, segment.flaws, config, starts)
+    good = np.flatnonzero(grid.alive.any(1) & ~np.isin(grid.reason, ("non-finite", "response")))
+    for at in (good[i : i + batch_size] for i in range(0, len(good), batch_size)):
+        waveforms = normalise_windows(segment.data, grid.starts[at], config.window_samples, grid.alive[at])[0]
+        found = picker.curves(torch.from_numpy(waveforms), torch.from_numpy(grid.alive[at])).cpu().numpy()
+        yield from zip(at.tolist(), found, strict=True)
+
+# %% ../nbs/18_inference.ipynb #18-045
 def _layout(first: int, total: int, length: int, hop: int, blind: int) -> Iterator[tuple[int, np.ndarray]]:
     "First sample and weights of each window over `total` samples, of which the first is number `first` since 1970."
     if total <= length:
         yield 0, np.ones(total, np.float32)
         return
-    weights, left_open = _weights(length, hop, blind), np.ones(total, np.float32)
+    weights, left_open = stitching_weights(length, hop, blind), np.ones(total, np.float32)
     for start in range(-first % hop, total - length + 1, hop):
         left_open[start : start + length] -= weights
         yield start, weights
@@ -301,30 +345,25 @@ def _layout(first: int, total: int, length: int, hop: int, blind: int) -> Iterat
         if weight[start : start + length].max() > 1e-3:
             yield start, weight[start : start + length]
 
-# %% ../nbs/18_inference.ipynb #18-043
+# %% ../nbs/18_inference.ipynb #18-046
 def _stitched(picker: Picker, segment: Segment, config: PreprocessingConfig, blinding: float, size: int) -> np.ndarray:
     "Curves of a prepared segment, (curves, N) float32; NaN where no window says anything."
-    total, device = segment.data.shape[1], next(picker.parameters()).device
+    total = segment.data.shape[1]
     length, hop, blind = config.window_samples, config.hop_samples, round(blinding * config.window_samples)
     first = round(segment.starttime * segment.sampling_rate / 1e9)
     starts, shares = zip(*_layout(first, total, length, hop, blind), strict=True)
     if total < length:
         length, config = total, replace(config, window_length=total / config.sampling_rate)
-    grid = window_grid(total, segment.component_mask, segment.flaws, config, np.array(starts))
-    good = np.flatnonzero(grid.alive.any(1) & ~np.isin(grid.reason, ("non-finite", "response")))
     curves, weight = np.zeros((len(picker.config.phases) + 1, total), np.float32), np.zeros(total, np.float32)
-    for at in (good[i : i + size] for i in range(0, len(good), size)):
-        waveforms = normalise_windows(segment.data, grid.starts[at], length, grid.alive[at])[0]
-        found = picker.curves(torch.from_numpy(waveforms).to(device), torch.from_numpy(grid.alive[at]).to(device))
-        for number, one in zip(at.tolist(), found.cpu().numpy(), strict=True):
-            span = slice(starts[number], starts[number] + length)
-            curves[:, span] += shares[number] * one
-            weight[span] += shares[number]
+    for number, one in window_curves(picker, segment, config, np.array(starts), size):
+        span = slice(starts[number], starts[number] + length)
+        curves[:, span] += shares[number] * one
+        weight[span] += shares[number]
     weight[:blind] = weight[max(total - blind, 0) :] = 0  # the ends of the record are the ends of a window, too
     curves[:, weight < 1e-3] = np.nan
     return np.divide(curves, weight, out=curves, where=weight >= 1e-3)
 
-# %% ../nbs/18_inference.ipynb #18-045
+# %% ../nbs/18_inference.ipynb #18-048
 def _read_through(
     picker: Picker,
     stream: Stream | Trace,
@@ -343,7 +382,7 @@ def _read_through(
     training = picker.training
     picker.eval()
     try:
-        for part in (_anchored(part, rate) for part in _emptied(parts)):
+        for part in (anchored(part, rate) for part in _emptied(parts)):
             codes = part.network, part.station, part.location, part.band, part.starttime
             if part.duration < config.window_length / 3:
                 lost.append(Reject("short", *codes, part.duration))
@@ -364,7 +403,7 @@ def _emptied(items: list) -> Iterator:
     while items:
         yield items.pop()
 
-# %% ../nbs/18_inference.ipynb #18-047
+# %% ../nbs/18_inference.ipynb #18-050
 def annotate(
     picker: Picker,  # on any device; put back into its mode afterwards
     stream: Stream | Trace,  # records in counts: any stations, rates, gaps, order; left as it is
@@ -386,11 +425,11 @@ def annotate(
     _report(lost, f"{len(out)} curves")
     return out
 
-# %% ../nbs/18_inference.ipynb #18-055
+# %% ../nbs/18_inference.ipynb #18-058
 PICK_TABLE = ("network", "station", "location", "band", "phase", "time", "probability", "half_width")
 DETECTION_TABLE = ("network", "station", "location", "band", "starttime", "endtime", "probability")
 
-# %% ../nbs/18_inference.ipynb #18-056
+# %% ../nbs/18_inference.ipynb #18-059
 @dataclass(eq=False)
 class Picks:
     "What was picked, where and when, and the stretches in which something was."
@@ -445,7 +484,7 @@ class Picks:
         path: str | os.PathLike,  # `.parquet`, as given to `write`
     ) -> Picks:  # the picks, without detections
         "Load a saved table."
-        return _as_picks(list(read_table(path)[list(PICK_TABLE)].itertuples(index=False)))
+        return picks_of(read_table(path)[list(PICK_TABLE)].itertuples(index=False))
 
     @classmethod
     def join(
@@ -459,18 +498,22 @@ class Picks:
         detections = pd.concat([part.detections for part in parts], ignore_index=True)
         return cls(_in_order(table, "time"), _in_order(detections, "starttime"), dict(rejects))
 
-# %% ../nbs/18_inference.ipynb #18-057
-def _in_order(table: pd.DataFrame, time: str) -> pd.DataFrame:
-    return table.sort_values([time, "network", "station", "location", "band"], kind="stable", ignore_index=True)
-
-
-def _as_picks(picks: list[tuple], detections: Sequence[tuple] = (), rejects: dict[str, int] | None = None) -> Picks:
+# %% ../nbs/18_inference.ipynb #18-060
+def picks_of(
+    picks: Iterable[tuple] = (),  # columns `PICK_TABLE`
+    detections: Iterable[tuple] = (),  # columns `DETECTION_TABLE`
+    rejects: dict[str, int] | None = None,  # reason -> stretches left out; None: none
+) -> Picks:  # in order of time
     "Picks from rows."
     kinds = {"time": "int64", "probability": "float64", "half_width": "float64"}
-    table = pd.DataFrame(picks, columns=list(PICK_TABLE)).astype(kinds)
+    table = pd.DataFrame(list(picks), columns=list(PICK_TABLE)).astype(kinds)
     kinds = {"starttime": "int64", "endtime": "int64", "probability": "float64"}
     found = pd.DataFrame(list(detections), columns=list(DETECTION_TABLE)).astype(kinds)
     return Picks(_in_order(table, "time"), _in_order(found, "starttime"), dict(rejects or {}))
+
+# %% ../nbs/18_inference.ipynb #18-061
+def _in_order(table: pd.DataFrame, time: str) -> pd.DataFrame:
+    return table.sort_values([time, "network", "station", "location", "band"], kind="stable", ignore_index=True)
 
 
 def _quakeml_pick(row: Any) -> quakeml.Pick:
@@ -486,7 +529,7 @@ def _quakeml_pick(row: Any) -> quakeml.Pick:
         comments=[quakeml.Comment(text=f"probability {row.probability:.3f}")],
     )
 
-# %% ../nbs/18_inference.ipynb #18-058
+# %% ../nbs/18_inference.ipynb #18-062
 def _stretches_above(curve: np.ndarray, threshold: float) -> np.ndarray:
     "First sample and sample after the last of each run at or above the threshold, (runs, 2)."
     return np.flatnonzero(np.diff(curve >= threshold, prepend=False, append=False)).reshape(-1, 2)
@@ -504,7 +547,7 @@ def _found(picker: Picker, part: Segment, curves: np.ndarray, thresholds: Sequen
     runs = _stretches_above(curves[-1], min(thresholds)).tolist()
     return picks, [(*codes, at(a), at(b), float(curves[-1, a:b].max())) for a, b in runs]
 
-# %% ../nbs/18_inference.ipynb #18-059
+# %% ../nbs/18_inference.ipynb #18-063
 def classify(
     picker: Picker,  # on any device; put back into its mode afterwards
     stream: Stream | Trace,  # records in counts: any stations, rates, gaps, order; left as it is
@@ -525,9 +568,9 @@ def classify(
         rows, runs = _found(picker, part, curves, thresholds)
         picks += rows
         detections += runs
-    return _as_picks(picks, detections, _report(lost, f"{len(picks)} picks"))
+    return picks_of(picks, detections, _report(lost, f"{len(picks)} picks"))
 
-# %% ../nbs/18_inference.ipynb #18-073
+# %% ../nbs/18_inference.ipynb #18-077
 def as_seisbench(
     picker: Picker,  # in evaluation mode
     highpass: float = 1.0,  # corner, Hz, as the picker is used to
@@ -573,7 +616,7 @@ def as_seisbench(
     model.picker = picker
     return model.eval()
 
-# %% ../nbs/18_inference.ipynb #18-075
+# %% ../nbs/18_inference.ipynb #18-079
 @dataclass(eq=False)
 class Familiar:
     "Where vectors of good records lie, and how far off is unusual."

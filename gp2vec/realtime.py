@@ -8,24 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 from obspy import Stream, Trace
 from obspy.clients.seedlink.client.seedlinkconnection import SeedLinkConnection
 from obspy.clients.seedlink.slpacket import SLPacket
 
-from gp2vec.data.preprocessing import (
-    Lookup,
-    PreprocessingConfig,
-    Segment,
-    normalise_windows,
-    prepare,
-    read_miniseed,
-    segments,
-    window_grid,
-)
-from .inference import Picks, _anchored, _as_picks, _weights
+from .data.preprocessing import PreprocessingConfig, Segment, prepare, read_miniseed, segments
+from .inference import Picks, anchored, picks_of, stitching_weights, window_curves
 from .train.picking import Picker, find_picks
 
 # %% auto #0
@@ -104,7 +95,7 @@ class StreamingPicker:
         hop: float = 1.0,  # from window to window, s
         max_wait: float = 30.0,  # a component that is late by more is not waited for, s
         thresholds: Sequence[float] | None = None,  # least probability of a pick, one per phase; None: the picker's own
-        lookup: Lookup | None = None,  # as of `annotate`
+        lookup: Any = None,  # as of `annotate`
         config: PreprocessingConfig | None = None,  # as of `annotate`; its overlap is that of `hop`
         blinding: float = 1 / 15,  # as of `annotate`; never more than `delay`
     ):
@@ -115,13 +106,14 @@ class StreamingPicker:
             raise ValueError(
                 f"expected a hop below {config.window_length:g} s and a delay above 0 s, got {hop:g} and {delay:g}"
             )
-        self.picker, self.config, self.lookup = picker, dataclasses.replace(config, overlap=overlap), lookup
+        self.picker, self.config = picker, dataclasses.replace(config, overlap=overlap)
+        self.lookup, self.response = getattr(lookup, "lookup", lookup), getattr(lookup, "response", None)
         self.delay, self.hop, self.max_wait = delay, hop, max_wait
         self.thresholds = tuple(thresholds or picker.config.thresholds)
         blind = min(round(blinding * config.window_samples), round(delay * rate))
-        self.weights = _weights(config.window_samples, self.config.hop_samples, blind)
+        self.weights = stitching_weights(config.window_samples, self.config.hop_samples, blind)
         self.instruments: dict[tuple[str, str, str, str], _Instrument] = {}
-        self.nothing = _as_picks([])  # most packets bring none, and tables are slow to make
+        self.nothing = picks_of()  # most packets bring none, and tables are slow to make
 
     @property
     def latency(self) -> float:  # s
@@ -139,15 +131,13 @@ class StreamingPicker:
             changed[codes] = self.instruments.setdefault(codes, _Instrument())
             changed[codes].traces.append(trace)
         rows = [row for codes, one in changed.items() for row in _advance(self, codes, one)]
-        return _as_picks(rows) if rows else self.nothing
+        return picks_of(rows) if rows else self.nothing
 
     def finish(self) -> Picks:  # the last ones
         "Hand out what the windows so far say of the end, and forget everything."
-        rows = []
-        for codes, one in self.instruments.items():
-            rows += _settled(self, codes, one, None)
+        rows = [row for codes, one in self.instruments.items() for row in _settled(self, codes, one, None)]
         self.instruments = {}
-        return _as_picks(rows)
+        return picks_of(rows)
 
 # %% ../nbs/20_realtime.ipynb #20-011
 _LEAD = 30.0  # s before a window with which the filters have settled
@@ -161,10 +151,10 @@ def _advance(stream: StreamingPicker, codes: tuple[str, str, str, str], one: _In
     if one.sums is not None and until < one.time(one.next + length - 1):
         return []  # no window is complete: nothing to prepare
     for part in segments(Stream(one.traces), config, stream.lookup)[0]:
-        part = _anchored(part, rate)
+        part = anchored(part, rate)
         if part.duration < config.window_length:
             continue
-        ready = prepare(part, config)
+        ready = prepare(part, config, stream.response)
         first = round(ready.starttime * ready.sampling_rate / 1e9)
         last = (
             min(first + ready.data.shape[1], first + round((until - ready.starttime) * ready.sampling_rate / 1e9) + 1)
@@ -184,7 +174,6 @@ def _read(
 ) -> list[tuple]:
     "Add what windows say, in order, and settle what they leave behind."
     picker, length, rows = stream.picker, stream.config.window_samples, []
-    device = next(picker.parameters()).device
     if one.sums is not None and starts[0] > one.sums.first + len(one.sums.weight):  # a gap: what lay before it is final
         rows += _settled(stream, codes, one, None)
     one.origin = first, ready.starttime, ready.sampling_rate
@@ -193,14 +182,10 @@ def _read(
         one.sums = _Sums(
             begin, begin, begin, np.zeros((len(picker.config.phases) + 1, 0), np.float32), np.zeros(0, np.float32)
         )
-    grid = window_grid(ready.data.shape[1], ready.component_mask, ready.flaws, stream.config, starts - first)
-    good = np.flatnonzero(grid.alive.any(1) & ~np.isin(grid.reason, ("non-finite", "response")))
-    for at in (good[i : i + 8] for i in range(0, len(good), 8)):
-        waveforms = normalise_windows(ready.data, grid.starts[at], length, grid.alive[at])[0]
-        found = picker.curves(torch.from_numpy(waveforms).to(device), torch.from_numpy(grid.alive[at]).to(device))
-        for start, curves in zip(starts[at].tolist(), found.cpu().numpy(), strict=True):
-            one.sums.settle(start + length - stream.config.hop_samples - round(stream.delay * ready.sampling_rate))
-            one.sums.add(start, curves, stream.weights)
+    for number, curves in window_curves(picker, ready, stream.config, starts - first):
+        start = int(starts[number])
+        one.sums.settle(start + length - stream.config.hop_samples - round(stream.delay * ready.sampling_rate))
+        one.sums.add(start, curves, stream.weights)
     one.next = int(starts[-1]) + stream.config.hop_samples
     return rows + _settled(stream, codes, one, int(starts[-1]) + length - round(stream.delay * ready.sampling_rate))
 

@@ -16,12 +16,22 @@ from gp2vec.data.embedded import SyntheticConfig, synthetic_network
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
 from gp2vec.models.gp2vec import GP2VecConfig
 from gp2vec.models.transformer import ContextConfig
-from gp2vec.train.evaluate_downstream import CONTROL, PhaseNetPicker, _limit
+from gp2vec.train.evaluate_downstream import (
+    CONTROL,
+    PICKING_ARMS,
+    TASKS,
+    EvaluationConfig,
+    PhaseNetPicker,
+    _limit,
+    evaluate,
+    evaluate_picking,
+)
 from gp2vec.train.picking import (
     FitConfig,
     Picker,
     PickerConfig,
     StaLta,
+    _event_folds,
     calibrate,
     coverage,
     find_candidates,
@@ -165,6 +175,53 @@ def test_the_audit_finds_one_planted_leak(kind):
     bad.loc[train[0], column] = table[column].iloc[test[0]]
     with pytest.raises(ValueError, match=f"split by {kind}"):
         audit_split(bad, train, test)
+
+
+def test_no_task_is_tested_at_stations_of_pretraining(onsets, monkeypatch):
+    windows, tested = onsets.windows(8.0), []
+    table = TASKS["phase"].select(windows)[0].table
+    keep = lambda told, answer, folds, *more: tested.append(np.concatenate([b for _, b in folds])) or {"AUC": 0.5}  # noqa: E731
+    monkeypatch.setattr("gp2vec.train.evaluate_downstream.score", keep)
+    config = EvaluationConfig(fractions=(1.0,), seeds=(0, 1), resamples=1, never_test=("S01", "S02"))
+    evaluate(untrained(SMALL), windows, "phase", config)
+    seen = set(table.station.iloc[np.concatenate(tested)])
+    assert seen and not {"S01", "S02"} & seen and {"S01", "S02"} <= set(table.station)
+
+
+def test_a_picker_learns_is_tuned_and_is_judged_on_different_records(onsets, monkeypatch):
+    "Spies see what training, calibration and judgement are given: no event and no station twice."
+    seen, place = {}, "gp2vec.train.evaluate_downstream"
+
+    def make(model, train, config, fit):
+        seen["train"] = train.table
+        return StaLta(config.picker, train.sampling_rate)
+
+    def tune(picker, dev, seed):
+        seen["dev"] = dev.table
+        return calibrate(picker, dev, seed)
+
+    def judge(found, table):
+        seen["test"] = table
+        return match_picks(found, table)
+
+    monkeypatch.setitem(PICKING_ARMS, "spy", make)
+    monkeypatch.setattr(f"{place}.calibrate", tune)
+    monkeypatch.setattr(f"{place}.match_picks", judge)
+    settings = {"arms": ("spy",), "picking_fractions": (1.0,), "seeds": (0,), "resamples": 2, "never_test": ("S01",)}
+    evaluate_picking(untrained(SMALL), onsets, EvaluationConfig(**settings, shares=(0.5, 0.25, 0.25)))
+    assert set(seen) == {"train", "dev", "test"} and "S01" not in set(seen["test"].station)
+    for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        for column in ("event_id", "station"):
+            assert not set(seen[a][column]) & set(seen[b][column]), (a, b, column)
+
+
+def test_folds_of_adapt_keep_an_event_together(onsets):
+    "The records of an event are all taught or all judged, and crops are dealt as their records are."
+    fold = pd.Series(_event_folds(onsets.table, 4, 0)).groupby(onsets.table.event_id)
+    assert (fold.nunique() == 1).all() and set(fold.first()) == {0, 1, 2, 3}
+    crops = onsets.crops(12.0).table
+    other = pd.Series(_event_folds(crops, 4, 0)).groupby(crops.event_id).first()
+    assert other.equals(fold.first()[other.index])
 
 
 def test_shares_of_the_labels_are_shares_of_the_events(onsets):

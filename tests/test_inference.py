@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
+from gp2vec import cli
 from gp2vec.data.archive import write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
 from gp2vec.data.preprocessing import read_miniseed
-from gp2vec.inference import Picks, annotate, as_seisbench, classify
+from gp2vec.inference import Embeddings, Picks, annotate, as_seisbench, classify, embed
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
 from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
 from gp2vec.models.transformer import ContextConfig
@@ -89,6 +90,56 @@ def test_curves_of_the_command_are_those_of_the_function(archive, picker):
         letters = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
         other = written.select(station=trace.stats.station, channel=letters)
         assert len(other) == 1 and np.allclose(other[0].data, trace.data, atol=1e-5)
+
+
+def test_the_shipped_model_embeds_by_its_name(archive):
+    folder, stream = archive
+    done = command(folder, "embed", "gp2vec-tiny", "archive", "--output", "tiny.parquet")
+    assert done.returncode == 0, done.stderr
+    found, expected = Embeddings.read(folder / "tiny.parquet"), embed(GP2Vec.from_pretrained("gp2vec-tiny"), stream)
+    assert len(found) == len(expected) > 10 and np.allclose(found.vectors, expected.vectors, atol=1e-4)
+
+
+def test_a_shipped_picker_works_and_its_files_are_what_counts(archive, picker, monkeypatch):
+    "What is kept of a killed command belongs to the very model, station table and record that it was made with."
+    folder, _ = archive
+    picker.save_pretrained(folder / "zoo" / "shipped")
+    monkeypatch.setattr("gp2vec.models.gp2vec.files", lambda package: folder)
+    monkeypatch.chdir(folder)
+    assert cli.main(["classify", "shipped", "archive", "--output", "named.parquet", "--quiet"]) == 0
+    assert cli.main(["annotate", "shipped", "archive", "--output", "named.mseed", "--quiet"]) == 0
+    assert len(Picks.read("named.parquet")) > 10
+    Path("stations.parquet").write_bytes(b"some")
+
+    def name(model="shipped", stations="stations.parquet", verb="classify", **options):
+        return cli._Work(verb, model, stations, options).name("named.mseed")
+
+    first = name()
+    assert name() == first == name(str(folder / "zoo" / "shipped"))
+    assert len({first, name(stations=""), name(verb="annotate"), name(threshold=0.5), name("picker")}) == 5
+    for changed in ("zoo/shipped/config.json", "stations.parquet", "named.mseed"):
+        before = name()
+        Path(changed).write_bytes(Path(changed).read_bytes() + b" ")
+        assert name() != before, changed
+
+
+def test_embeddings_as_an_array_with_labels():
+    pytest.importorskip("xarray", reason="xarray is an extra")
+    network = synthetic_network(SyntheticConfig(stations=2, events=3, duration=120.0))
+    found = embed(GP2Vec(GP2VecConfig.preset("tiny")), network.stream)
+    array = found.to_xarray()
+    assert array.dims == ("window", "dimension") and np.array_equal(array.to_numpy(), found.vectors)
+    one = array.sel(window=array.id == "XX.S02..HH")
+    assert one.shape[0] == (found.table.station == "S02").sum() > 1
+    assert (array.starttime.to_numpy() == found.table.starttime.to_numpy().astype("datetime64[ns]")).all()
+
+
+def test_without_xarray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    columns = {name: [""] for name in ("network", "station", "location", "band", "components", "units")}
+    table = pd.DataFrame(columns | {"starttime": [0], "endtime": [1], "log_scale": [0.0]})
+    with pytest.raises(ImportError, match=r"pip install 'gp2vec\[xarray\]'"):
+        Embeddings(np.zeros((1, 2), np.float32), table).to_xarray()
 
 
 def test_many_gaps_are_not_slow(picker):

@@ -42,12 +42,14 @@ from gp2vec.train.picking import (
     picking_scores,
     train_picker,
     unfreeze,
+    with_limits,
 )
 from gp2vec.train.probes import (
     LabelledOnsets,
     LabelledWindows,
     LinearProbe,
     crossed_folds,
+    event_draws,
     frozen_features,
     handcrafted,
     mean_auc,
@@ -105,15 +107,11 @@ class Task:
         return subset, np.asarray(answer)
 
 
-def _some(windows: LabelledWindows, keep: np.ndarray) -> LabelledWindows:
-    return LabelledWindows(windows.waveforms[keep], windows.table[keep].reset_index(drop=True), windows.sampling_rate)
-
-
 def _with_label(windows: LabelledWindows, column: str, values: Sequence[str]) -> LabelledWindows:
     "Windows with some values in a column."
     if column not in windows.table:
         raise ValueError(f"the labels need a column {column!r}, and have {', '.join(map(str, windows.table))}: add it")
-    return _some(windows, windows.table[column].isin(values).to_numpy())
+    return windows.take(windows.table[column].isin(values).to_numpy())
 
 
 def _with_target(windows: LabelledWindows, target: str, leave_out: Sequence[str]) -> LabelledWindows:
@@ -121,7 +119,7 @@ def _with_target(windows: LabelledWindows, target: str, leave_out: Sequence[str]
     if target not in windows.table:
         raise ValueError(f"the labels need a column {target!r}, and have {', '.join(map(str, windows.table))}: add it")
     known = np.isfinite(windows.table[target].to_numpy(dtype=float))
-    return _some(windows, known & ~windows.table.label.isin(leave_out).to_numpy())
+    return windows.take(known & ~windows.table.label.isin(leave_out).to_numpy())
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-010
 TASKS: dict[str, Task] = {
@@ -140,13 +138,12 @@ TASKS: dict[str, Task] = {
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-013
 def split_names(
-    table: pd.DataFrame,  # event_id, network and station of each window, missing where unknown
+    table: pd.DataFrame,  # event_id and station of each window, missing where unknown
 ) -> tuple[pd.DataFrame, str]:  # the table with a name in every row; what a split by it keeps apart
     "Names for `crossed_folds`: where fewer than two events or stations are known, each window is its own."
     own = pd.Series([f"window {i}" for i in range(len(table))], index=table.index)
-    station = table.network.fillna("").astype(str) + "." + table.station.astype(str)
-    names = {"event": table.event_id.astype(str).where(table.event_id.notna())}
-    names["station"] = station.where(table.station.notna())
+    columns = {"event": "event_id", "station": "station"}
+    names = {kind: table[column].astype(str).where(table[column].notna()) for kind, column in columns.items()}
     kept = [kind for kind, name in names.items() if name.nunique() > 1]
     for kind in (kind for kind in names if kind not in kept):
         warnings.warn(
@@ -155,7 +152,7 @@ def split_names(
             stacklevel=2,
         )
     filled = {kind: name.fillna(own) if kind in kept else own for kind, name in names.items()}
-    return table.assign(event_id=filled["event"], network="", station=filled["station"]), " and ".join(kept) or "window"
+    return table.assign(event_id=filled["event"], station=filled["station"]), " and ".join(kept) or "window"
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-016
 def targets(
@@ -452,14 +449,6 @@ def _arms(model: GP2Vec, protocol: str, features: dict[str, np.ndarray], numbers
     return {"gp2vec": model, CONTROL if protocol != "all" else SCRATCH: twin}
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-027
-def _draws(event: pd.Series, resamples: int, seed: int) -> list[np.ndarray]:
-    "Weights of the windows: once all, then events drawn with replacement."
-    code, rng = pd.factorize(event)[0], np.random.default_rng(seed)
-    number = code.max() + 1
-    drawn = [np.bincount(rng.integers(number, size=number), minlength=number)[code] for _ in range(resamples)]
-    return [np.ones(len(code)), *(w.astype(float) for w in drawn if w.any())]
-
-
 def _middle(x: np.ndarray) -> np.ndarray:
     "Ends of the middle 95 %; NaN where there is nothing."
     return np.nanquantile(x, (0.025, 0.975)) if np.isfinite(x).any() else np.full(2, np.nan)
@@ -504,7 +493,7 @@ def evaluate(
     columns = [subset.table[name].to_numpy(dtype=float) for name in task.beside if name in subset.table]
     beside = np.stack(columns, 1) if columns else np.zeros((len(subset), 0))
     target, numbers = targets(answer, task.angle), answer.dtype != bool
-    draws = _draws(table.event_id, config.resamples, config.seeds[0])
+    draws = event_draws(table.event_id, config.resamples, config.seeds[0])
     values: dict[tuple, list[pd.DataFrame]] = {}
     labels: dict[tuple, float] = {}
     for seed in config.seeds:
@@ -536,7 +525,7 @@ def noise_only(
     "A control that nobody can pass: any skill at it is a leak."
 
     def before(windows: LabelledWindows) -> tuple[LabelledWindows, np.ndarray]:
-        noise = _with_target(_some(windows, (windows.table.label == "noise").to_numpy()), str(task.target), ())
+        noise = _with_target(windows.only("noise"), str(task.target), ())
         answer = noise.table[task.target].to_numpy(dtype=float)
         return noise, np.unique(np.digitize(answer, task.bins), return_inverse=True)[1] if task.bins else answer
 
@@ -655,9 +644,7 @@ PICKING_ARMS: dict[str, Maker] = {  # name -> (model, training part, config, fit
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-047
 def _limit(onsets: LabelledOnsets, fraction: float, seed: int) -> LabelledOnsets:
     "The records of a share of the events, at least two."
-    events = np.random.default_rng(seed).permutation(sorted(set(onsets.table.event_id.astype(str))))
-    few = events[: max(2, round(fraction * len(events)))]
-    return onsets.take(onsets.table.event_id.astype(str).isin(few).to_numpy())
+    return onsets.some_events(max(2, round(fraction * onsets.table.event_id.nunique())), seed)
 
 
 def _known_arms(names: Sequence[str]) -> list[str]:
@@ -685,7 +672,7 @@ def evaluate_picking(
     parts = split_parts(onsets.table, config.shares, config.never_test)
     train, dev, test = (onsets.take(parts[name]) for name in ("train", "dev", "test"))
     windows = test.crops(config.picker.window_length, seed=config.seeds[0])
-    draws = _draws(windows.table.event_id, config.resamples, config.seeds[0])
+    draws = event_draws(windows.table.event_id, config.resamples, config.seeds[0])
     values: dict[tuple, list[pd.DataFrame]] = {}
     labels, picks = {}, []
     for name in _known_arms(config.arms):
@@ -701,9 +688,7 @@ def evaluate_picking(
                 scores = picking_scores(found, windows.table, picker.config, draws)
                 values.setdefault((name, part), []).append(scores)
                 if part == max(config.picking_fractions) or name == "STA/LTA":
-                    width = [picker.half_width(p, q) for p, q in zip(found.phase, found.probability, strict=True)]
-                    least = found.phase.map(dict(zip(picker.config.phases, picker.config.thresholds, strict=True)))
-                    picks.append(found.assign(arm=name, seed=seed, half_width=width, threshold=least))
+                    picks.append(with_limits(picker, found).assign(arm=name, seed=seed))
     result = _summarise(values, lambda key: (CONTROL, key[1]))
     who = pd.DataFrame(result.pop("key").tolist(), columns=["arm", "fraction"])
     who["labels"] = [labels[key] for key in zip(who.arm, who.fraction, strict=True)]
@@ -801,7 +786,11 @@ def plot_residuals(
             if len(right):
                 weight = np.full(len(right), 1 / len(right))
                 axis.hist(
-                    right, bins, weights=weight, histtype="step", label=f"{arm}, median {right.abs().median():.3f} s"
+                    right,
+                    bins,
+                    weights=weight,
+                    histtype="step",
+                    label=f"{arm}: {len(right)} picks, median {right.abs().median():.3f} s",
                 )
         axis.set(xlabel=f"{phase} pick minus onset (s)")
         axis.legend(fontsize=7)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import hf_hub_download
 from matplotlib.figure import Figure
 from scipy.signal import find_peaks
 from scipy.stats import binomtest
@@ -25,14 +25,22 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..models.encoder import ChannelNorm, frame_geometry
-from ..models.gp2vec import GP2Vec, GP2VecConfig, normalise, settings_from_dict, settings_to_dict
-from .probes import LabelledOnsets, LabelledWindows, area_under_curve
+from gp2vec.models.gp2vec import (
+    GP2Vec,
+    GP2VecConfig,
+    Pretrained,
+    locate,
+    normalise,
+    settings_from_dict,
+    settings_to_dict,
+)
+from .probes import LabelledOnsets, LabelledWindows, area_under_curve, event_draws
 
 # %% auto #0
 __all__ = ['Interval', 'PickerConfig', 'upsample', 'PickHead', 'PickingNetwork', 'Picker', 'load_picker', 'find_picks',
            'pick_targets', 'LowRank', 'unfreeze', 'merge_adapters', 'FitConfig', 'fit_picker', 'train_picker',
-           'find_candidates', 'match_picks', 'picking_scores', 'calibrate', 'coverage', 'shift_consistency',
-           'shift_score', 'StaLta', 'Adaptation', 'plot_gain', 'adapt']
+           'find_candidates', 'match_picks', 'picking_scores', 'calibrate', 'with_limits', 'coverage',
+           'shift_consistency', 'shift_score', 'StaLta', 'Adaptation', 'plot_gain', 'adapt']
 
 # %% ../../nbs/16_train.picking.ipynb #16-006
 class Interval(NamedTuple):
@@ -40,7 +48,7 @@ class Interval(NamedTuple):
 
     phase: str  # "P" or "S"
     above: float  # for picks of this probability or more
-    half_width: float  # the onset lies within so many seconds of the pick, before or after
+    half_width: float  # the onset of a right pick lies within so many seconds of it, before or after
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class PickerConfig:
     thresholds: tuple[float, ...] = (0.3, 0.3)  # least probability of a pick, one per phase
     shifts: int = 1  # windows, moved by parts of a frame, whose curves are averaged; see "where the window begins"
     temperature: float = 1.0  # divides the logits, so that probabilities are shares
-    coverage: float = 0.9  # share of picks whose onset lies in their interval
+    coverage: float = 0.9  # share of the right picks whose onset lies in their interval
     intervals: tuple[Interval, ...] = ()  # conformal half-widths; none: not calibrated
 
     def __post_init__(self):
@@ -150,12 +158,15 @@ class PickingNetwork(nn.Module):
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
     ) -> Tensor:  # calibrated probabilities of P, S and of either (detection), (B, 3, N) float32
         "Probability curves; call `eval()` first."
-        shares = torch.zeros(())
+        device = next(self.parameters()).device
+        waveforms = waveforms.to(device)
+        component_mask, log_scale = (x if x is None else x.to(device) for x in (component_mask, log_scale))
+        shares = torch.zeros((), device=device)
         for k in range(self.config.shifts):
             later = k * self.stride // self.config.shifts
             x = F.pad(waveforms, (later, 0), mode="replicate") if later else waveforms
             logits = self(x, component_mask, log_scale)[..., later:].float() / self.config.temperature
-            shares = shares.to(logits.device) + logits.softmax(1) / self.config.shifts
+            shares = shares + logits.softmax(1) / self.config.shifts
         return torch.cat([shares[:, :-1], 1 - shares[:, -1:]], 1)
 
     def half_width(
@@ -163,12 +174,12 @@ class PickingNetwork(nn.Module):
         phase: str,  # "P" or "S"
         probability: float,  # of the pick
     ) -> float:  # s; NaN where the picker is not calibrated
-        "How far the onset may be from a pick, before or after, in the share `config.coverage` of picks."
+        "How far the onset may be from a right pick, before or after, in the share `config.coverage` of them."
         fitting = [x for x in self.config.intervals if x.phase == phase and probability >= x.above]
         return max(fitting, key=lambda x: x.above).half_width if fitting else float("nan")
 
 # %% ../../nbs/16_train.picking.ipynb #16-013
-class Picker(PickingNetwork, PyTorchModelHubMixin, library_name="gp2vec", license="mit"):
+class Picker(PickingNetwork, Pretrained, library_name="gp2vec", license="mit"):
     "A model with a head for picks; `save_pretrained` and `from_pretrained` keep weights, settings and calibration."
 
     def __init__(
@@ -213,7 +224,7 @@ class Picker(PickingNetwork, PyTorchModelHubMixin, library_name="gp2vec", licens
     def save_pretrained(  # type: ignore[override]
         self,
         folder: str | os.PathLike,  # made where it is absent
-        **options: Any,  # as of `PyTorchModelHubMixin`
+        **options: Any,  # as of `Pretrained`
     ) -> Any:  # None, or what pushing to the Hub returns
         "Write `model.safetensors` and `config.json`, which hold the model, the head and the calibration."
         config = {"model": settings_to_dict(self.model.config), "config": settings_to_dict(self.config)}
@@ -221,13 +232,12 @@ class Picker(PickingNetwork, PyTorchModelHubMixin, library_name="gp2vec", licens
 
 # %% ../../nbs/16_train.picking.ipynb #16-016
 def load_picker(
-    name: str | os.PathLike,  # folder or name on the Hub of a picker or of a model
+    name: str | os.PathLike,  # folder, name on the Hub or shipped name of a picker or of a model
 ) -> Picker | GP2Vec:  # in evaluation mode
     "Load what there is: a picker, or a model that has no head yet."
-    if (Path(name) / "config.json").exists():
-        settings = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-    else:
-        settings = json.loads(Path(hf_hub_download(str(name), "config.json")).read_text(encoding="utf-8"))
+    folder = Path(locate(name))
+    path = folder / "config.json" if folder.is_dir() else hf_hub_download(str(name), "config.json")
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
     return (Picker if set(settings) == {"model", "config"} else GP2Vec).from_pretrained(str(name)).eval()
 
 # %% ../../nbs/16_train.picking.ipynb #16-019
@@ -264,7 +274,7 @@ def pick_targets(
     weight[np.isnan(p) & (time < s - 4 * sigma)] = 0
     return (shares / shares.sum(1, keepdims=True)).astype(np.float32), weight.astype(np.float32)
 
-# %% ../../nbs/16_train.picking.ipynb #16-026
+# %% ../../nbs/16_train.picking.ipynb #16-028
 def _batch(onsets: LabelledOnsets, rows: np.ndarray, samples: int, noise_share: float, rng):
     "Random crops of records: waveforms, masks, places of P and S."
     x, masks = np.zeros((len(rows), 3, samples), np.float32), np.ones((len(rows), 3), bool)
@@ -281,7 +291,7 @@ def _batch(onsets: LabelledOnsets, rows: np.ndarray, samples: int, noise_share: 
         at[i] -= start
     return torch.from_numpy(x), torch.from_numpy(masks), at
 
-# %% ../../nbs/16_train.picking.ipynb #16-028
+# %% ../../nbs/16_train.picking.ipynb #16-030
 class LowRank(nn.Module):
     "What an adapter adds to a weight matrix: nothing at first, of low rank after training."
 
@@ -291,7 +301,7 @@ class LowRank(nn.Module):
         rank: int,  # columns between
     ):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]).to(weight) / weight.shape[1] ** 0.5)
         self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
 
     def forward(
@@ -329,7 +339,7 @@ def merge_adapters(
         if any(isinstance(p, LowRank) for p in module.parametrizations["weight"]):  # type: ignore[index]
             parametrize.remove_parametrizations(module, "weight")
 
-# %% ../../nbs/16_train.picking.ipynb #16-030
+# %% ../../nbs/16_train.picking.ipynb #16-032
 @dataclass(frozen=True)
 class FitConfig:
     "How a picker is trained; the same for everything that is compared."
@@ -345,7 +355,7 @@ class FitConfig:
     noise_share: float = 0.15  # windows without an onset
     seed: int = 0  # of crops and of the head
 
-# %% ../../nbs/16_train.picking.ipynb #16-031
+# %% ../../nbs/16_train.picking.ipynb #16-033
 def fit_picker(
     picker: Any,  # `Picker` or another `PickingNetwork`
     onsets: LabelledOnsets,  # records to learn from
@@ -397,7 +407,7 @@ def _usable(onsets: LabelledOnsets, picker: Any) -> LabelledOnsets:
         )
     return onsets.take(keep)
 
-# %% ../../nbs/16_train.picking.ipynb #16-032
+# %% ../../nbs/16_train.picking.ipynb #16-034
 def train_picker(
     model: GP2Vec | Picker,  # a representation, or a picker to go on with; left as it is
     onsets: LabelledOnsets,  # records to learn from
@@ -421,7 +431,7 @@ def train_picker(
     picker.requires_grad_(True)
     return picker if dev is None else calibrate(picker, dev, fit.seed)
 
-# %% ../../nbs/16_train.picking.ipynb #16-034
+# %% ../../nbs/16_train.picking.ipynb #16-036
 def find_candidates(
     picker: Any,  # `Picker` or alike, with `curves`
     windows: LabelledWindows,  # of `LabelledOnsets.crops`
@@ -430,9 +440,8 @@ def find_candidates(
 ) -> pd.DataFrame:  # window (row), phase, time (s from the window's start), probability
     "All peaks of the curves of windows."
     rows, config, rate = [], picker.config, picker.sampling_rate
-    device = next(picker.parameters(), torch.zeros(())).device
     for first in range(0, len(windows), batch_size):
-        x = torch.from_numpy(np.ascontiguousarray(windows.waveforms[first : first + batch_size], np.float32)).to(device)
+        x = torch.from_numpy(np.ascontiguousarray(windows.waveforms[first : first + batch_size], np.float32))
         curves = picker.curves(x, x.abs().amax(-1) > 0).cpu().numpy()
         for i, k in np.ndindex(len(curves), len(config.phases)):
             least = min(floor, float(curves[i, k].max()))
@@ -460,7 +469,7 @@ def match_picks(
     judged = [known[p][w] for p, w in zip(found.phase, found.window, strict=True)]
     return found[np.array(judged, dtype=bool)].reset_index(drop=True)
 
-# %% ../../nbs/16_train.picking.ipynb #16-036
+# %% ../../nbs/16_train.picking.ipynb #16-038
 def _tally(found: pd.DataFrame, table: pd.DataFrame, config: PickerConfig, tolerances: tuple[float, ...]):
     "What the scores need, as arrays, so that they can be counted again with other weights."
     top, tally = np.zeros(len(table)), {}
@@ -501,7 +510,7 @@ def _median(x, weight):
     place = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
     return float(x[order[place]]) if weight.sum() else float("nan")
 
-# %% ../../nbs/16_train.picking.ipynb #16-037
+# %% ../../nbs/16_train.picking.ipynb #16-039
 def picking_scores(
     found: pd.DataFrame,  # of `match_picks`
     table: pd.DataFrame,  # of the windows
@@ -513,14 +522,14 @@ def picking_scores(
     tallied = _tally(found, table, config, tolerances)
     return pd.DataFrame([_count(tallied, w) for w in ([np.ones(len(table))] if weights is None else weights)])
 
-# %% ../../nbs/16_train.picking.ipynb #16-039
+# %% ../../nbs/16_train.picking.ipynb #16-041
 def calibrate(
     picker: Any,  # `Picker` or alike, trained; changed in place
     dev: LabelledOnsets,  # records of other events and stations than it learned from
     seed: int = 0,  # of the crops
     repeats: int = 3,  # crops of each record
 ) -> Any:  # the same picker
-    "Measure temperature, thresholds and intervals."
+    "Measure temperature, thresholds and intervals, all three on the same records."
     config = replace(picker.config, temperature=1.0, intervals=())
     picker.config = config
     parts = [dev.crops(_length(dev, picker), seed=seed + k) for k in range(repeats)]
@@ -535,15 +544,20 @@ def calibrate(
     best = float(temperatures[int(np.argmin(scores))])
     picker.config = config = replace(config, temperature=best)
     found = match_picks(find_candidates(picker, windows, 0.02), windows.table)
-    thresholds = tuple(_best_threshold(found, windows.table, phase) for phase in config.phases)
+    picker.config = _limits(config, found, windows.table)
+    return picker
+
+
+def _limits(config: PickerConfig, found: pd.DataFrame, table: pd.DataFrame) -> PickerConfig:
+    "Settings with the thresholds of the highest F1, and the intervals of the right picks above them."
+    thresholds = tuple(_best_threshold(found, table, phase) for phase in config.phases)
     intervals: list[Interval] = []
     for phase, threshold in zip(config.phases, thresholds, strict=True):
         mine = found[(found.phase == phase) & (found.probability >= threshold) & found.residual.notna()]
         intervals += _conformal(mine, phase, config.coverage)
-    picker.config = replace(config, thresholds=thresholds, intervals=tuple(intervals))
-    return picker
+    return replace(config, thresholds=thresholds, intervals=tuple(intervals))
 
-
+# %% ../../nbs/16_train.picking.ipynb #16-042
 def _length(onsets: LabelledOnsets, picker) -> float:
     "Length of windows to judge a picker by: what it learned from, or what leaves room for windows without an onset."
     first = np.nanmedian(onsets.table[["P", "S"]].min(axis=1)) / onsets.sampling_rate
@@ -571,25 +585,35 @@ def _conformal(mine: pd.DataFrame, phase: str, coverage: float, least: int = 60)
                                                     (float(middle), mine[mine.probability >= middle])]  # fmt: skip
     found = []
     for above, group in groups:
-        # Crops of one record are not independent: its mean error counts once.
-        size = group.residual.abs().groupby([group.event_id, group.network, group.station]).mean().sort_values()
-        rank = int(np.ceil((len(size) + 1) * coverage))
-        if rank <= len(size):
-            found.append(Interval(phase, above, float(size.iloc[rank - 1])))
+        # Crops of one record are not independent: they share the weight of one.
+        record = group.groupby(["event_id", "network", "station"]).residual
+        error = group.residual.abs().sort_values()
+        rank = int(np.ceil((record.ngroups + 1) * coverage))
+        if rank <= record.ngroups:
+            weight = (1 / record.transform("size"))[error.index].cumsum()
+            found.append(Interval(phase, above, float(error.iloc[np.searchsorted(weight, rank - 1e-9)])))
     return found
 
-# %% ../../nbs/16_train.picking.ipynb #16-046
+# %% ../../nbs/16_train.picking.ipynb #16-049
+def with_limits(
+    picker: Any,  # `Picker` or alike
+    found: pd.DataFrame,  # candidates: phase, probability
+) -> pd.DataFrame:  # the same with `threshold` of the phase and `half_width` (s; NaN: not calibrated)
+    "Put beside each candidate what the picker's settings say of it."
+    least = dict(zip(picker.config.phases, picker.config.thresholds, strict=True))
+    width = [picker.half_width(p, q) for p, q in zip(found.phase, found.probability, strict=True)]
+    return found.assign(threshold=found.phase.map(least), half_width=width)
+
+
 def coverage(
     picker: Any,  # `Picker` or alike, calibrated
     found: pd.DataFrame,  # of `match_picks` on windows of other events and stations
     snr_edges: tuple[float, ...] = (0.0, 5.0, 20.0, np.inf),  # of the groups
 ) -> pd.DataFrame:  # phase, snr, picks, covered, low, high (95 %), half_width (mean, s)
     "Share of the right picks whose onset lies in the interval, for all and by signal-to-noise ratio."
-    width = [picker.half_width(p, q) for p, q in zip(found.phase, found.probability, strict=True)]
-    least = dict(zip(picker.config.phases, picker.config.thresholds, strict=True))
-    mine = found.assign(half_width=width)
-    mine = mine[mine.residual.notna() & mine.half_width.notna() & (mine.probability >= mine.phase.map(least))]
-    snr = mine.snr.fillna(np.nan) if "snr" in mine else pd.Series(np.nan, mine.index)
+    mine = with_limits(picker, found)
+    mine = mine[mine.residual.notna() & mine.half_width.notna() & (mine.probability >= mine.threshold)]
+    snr = mine.snr.astype(float) if "snr" in mine else pd.Series(np.nan, mine.index)
     groups = {"all": np.ones(len(mine), dtype=bool)}
     groups |= {
         f"{a:g} to {b:g}": ((snr >= a) & (snr < b)).to_numpy() for a, b in zip(snr_edges, snr_edges[1:], strict=False)
@@ -604,7 +628,7 @@ def coverage(
                 rows.append((phase, name, len(group), hits / len(group), low, high, group.half_width.mean()))
     return pd.DataFrame(rows, columns=["phase", "snr", "picks", "covered", "low", "high", "half_width"])
 
-# %% ../../nbs/16_train.picking.ipynb #16-052
+# %% ../../nbs/16_train.picking.ipynb #16-055
 def shift_consistency(
     picker: Any,  # `Picker` or alike
     onsets: LabelledOnsets,  # records longer than a window
@@ -624,7 +648,7 @@ def shift_consistency(
         start = int(np.clip(first - rng.uniform(0.2, 0.8) * samples, 0, room))
         x = np.stack([record.data[:, start + s : start + s + samples] for s in (0, *shifts)])
         mask = torch.from_numpy(np.broadcast_to(record.component_mask, (len(x), 3)).copy())
-        curves = picker.curves(torch.from_numpy(x), mask).numpy()
+        curves = picker.curves(torch.from_numpy(x), mask).cpu().numpy()
         for i, (phase, threshold) in enumerate(zip(picker.config.phases, picker.config.thresholds, strict=True)):
             picks = [find_picks(c[i], threshold, picker.config.minimum_distance, rate) for c in curves]
             for at, p in zip(*picks[0], strict=True):
@@ -646,7 +670,7 @@ def shift_score(
         "vanished": float(changes.change.isna().mean()),
     }
 
-# %% ../../nbs/16_train.picking.ipynb #16-057
+# %% ../../nbs/16_train.picking.ipynb #16-060
 class StaLta(PickingNetwork):
     "Onsets by energy ratios, with the interface of `Picker`."
 
@@ -686,7 +710,7 @@ class StaLta(PickingNetwork):
         p, s = (r / (r + 10) for r in (p, s * later))
         return torch.stack([p, s, torch.maximum(p, s)], 1).float()
 
-# %% ../../nbs/16_train.picking.ipynb #16-061
+# %% ../../nbs/16_train.picking.ipynb #16-064
 @dataclass
 class Adaptation:
     "A picker from a few labels, and what it is worth."
@@ -722,18 +746,12 @@ def plot_gain(
     axis.legend()
     return figure
 
-# %% ../../nbs/16_train.picking.ipynb #16-062
+# %% ../../nbs/16_train.picking.ipynb #16-065
 def _event_folds(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
     "Fold of each record; records of an event stay together."
     events = table.event_id.astype(str)
     names = np.random.default_rng(seed).permutation(sorted(set(events)))
     return events.map({name: i % folds for i, name in enumerate(names)}).to_numpy()
-
-
-def _subset(onsets: LabelledOnsets, count: int, seed: int) -> LabelledOnsets:
-    "The records of some events."
-    names = np.random.default_rng(seed).permutation(sorted(set(onsets.table.event_id.astype(str))))[:count]
-    return onsets.take(onsets.table.event_id.astype(str).isin(names).to_numpy())
 
 
 def _f1_draws(found: pd.DataFrame, table: pd.DataFrame, phases, draws, tolerance: float = 0.1) -> np.ndarray:
@@ -746,17 +764,14 @@ def _f1_draws(found: pd.DataFrame, table: pd.DataFrame, phases, draws, tolerance
         values.append([2 * w[window[right]].sum() / max(w[window].sum() + w[there].sum(), 1e-9) for w in draws])
     return np.mean(values, axis=0)
 
-# %% ../../nbs/16_train.picking.ipynb #16-063
+# %% ../../nbs/16_train.picking.ipynb #16-066
 def _arm_picks(picker, tune: LabelledOnsets | None, windows: LabelledWindows, rows: np.ndarray) -> pd.DataFrame:
-    "Judged candidates of some windows, numbered as in all of them, with the threshold of a picker."
+    "Judged candidates of some windows, numbered as in all of them, with threshold and temperature of a picker."
     if tune is not None:
         calibrate(picker, tune, repeats=1)
-    some = LabelledWindows(
-        windows.waveforms[rows], windows.table.iloc[rows].reset_index(drop=True), windows.sampling_rate
-    )
-    found = match_picks(find_candidates(picker, some), some.table)
-    least = dict(zip(picker.config.phases, picker.config.thresholds, strict=True))
-    return found.assign(window=rows[found.window.to_numpy()], threshold=found.phase.map(least))
+    some = windows.take(rows)
+    found = with_limits(picker, match_picks(find_candidates(picker, some), some.table))
+    return found.assign(window=rows[found.window.to_numpy()], temperature=picker.config.temperature)
 
 
 def _cross_validate(model, onsets, counts, config, fit, folds, windows) -> dict[tuple[str, int], pd.DataFrame]:
@@ -771,12 +786,12 @@ def _cross_validate(model, onsets, counts, config, fit, folds, windows) -> dict[
             untuned = copy.deepcopy(model).eval()
             parts.setdefault(("as given", 0), []).append(_arm_picks(untuned, others, windows, rows))
         for count in counts:
-            few = _subset(others, count, fit.seed + k)
+            few = others.some_events(count, fit.seed + k)
             tuned = train_picker(model, few, few, config, replace(fit, seed=fit.seed + k))
             parts.setdefault(("adapted", count), []).append(_arm_picks(tuned, None, windows, rows))
     return {key: pd.concat(value, ignore_index=True) for key, value in parts.items()}
 
-# %% ../../nbs/16_train.picking.ipynb #16-064
+# %% ../../nbs/16_train.picking.ipynb #16-067
 def adapt(
     model: GP2Vec | Picker,  # a representation, or a picker to tune; left as it is
     onsets: LabelledOnsets,  # labelled records of one's own, of ten events or more
@@ -788,30 +803,25 @@ def adapt(
 ) -> Adaptation:  # the picker, the curve and the verdict
     "Make a picker of a few labels, and say what it is worth."
     config = model.config if isinstance(model, Picker) else config
-    onsets, events = onsets.picked(), onsets.picked().table.event_id.nunique()
+    onsets = onsets.picked()
+    events = onsets.table.event_id.nunique()
     if events < 2 * folds:
         raise ValueError(f"{folds} folds need {2 * folds} labelled events or more, and there are {events}: label more")
     windows = onsets.crops(config.window_length, seed=fit.seed)
     counts = (*(c for c in counts if c < events * (folds - 1) // folds), events * (folds - 1) // folds)
     found = _cross_validate(model, onsets, counts, config, fit, folds, windows)
-    curve, phases = _gain_curve(found, windows.table, resamples, fit.seed)
+    curve = _gain_curve(found, windows.table, resamples, fit.seed)
     picker = train_picker(model, onsets, None, config, fit)
-    last = found["adapted", counts[-1]]
-    right = last[last.residual.notna() & (last.probability >= last.threshold)]
-    least = last.groupby("phase").threshold.median()
-    thresholds = tuple(float(least.get(p, 0.5)) for p in picker.config.phases)
-    intervals = [x for p in phases for x in _conformal(right[right.phase == p], p, picker.config.coverage)]
-    picker.config = replace(picker.config, thresholds=thresholds, intervals=tuple(intervals))
+    last = found["adapted", counts[-1]]  # its probabilities are those of the folds' temperatures
+    picker.config = replace(picker.config, temperature=float(last.temperature.median()))
+    picker.config = _limits(picker.config, last, windows.table)
     return Adaptation(picker, curve, _gain_verdict(curve))
 
-# %% ../../nbs/16_train.picking.ipynb #16-065
-def _gain_curve(found, table: pd.DataFrame, resamples: int, seed: int) -> tuple[pd.DataFrame, list[str]]:
-    "F1 of each arm and its gain over the better of what was there before; the phases that are judged."
+# %% ../../nbs/16_train.picking.ipynb #16-068
+def _gain_curve(found, table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    "F1 of each arm and its gain over the better of what was there before."
     phases = [p for p in ("P", "S") if table[p].notna().any()]
-    event = pd.factorize(table.event_id)[0]
-    rng, number = np.random.default_rng(seed), event.max() + 1
-    draws = [np.ones(len(table))]
-    draws += [np.bincount(rng.integers(number, size=number), minlength=number)[event] for _ in range(resamples)]
+    draws = event_draws(table.event_id, resamples, seed)
     values = {key: _f1_draws(picks, table, phases, draws) for key, picks in found.items()}
     before = max((key for key in values if key[1] == 0), key=lambda key: values[key][0])
     rows = []
@@ -820,7 +830,7 @@ def _gain_curve(found, table: pd.DataFrame, resamples: int, seed: int) -> tuple[
         (low, high), (gain_low, gain_high) = (np.quantile(x[1:], (0.025, 0.975)) for x in (value, gain))
         rows.append((arm, count, value[0], low, high, gain[0], gain_low, gain_high))
     columns = ["arm", "events", "score", "low", "high", "gain", "gain_low", "gain_high"]
-    return pd.DataFrame(rows, columns=columns), phases
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _gain_verdict(curve: pd.DataFrame) -> str:
@@ -829,7 +839,8 @@ def _gain_verdict(curve: pd.DataFrame) -> str:
     before = curve[curve.events == 0].sort_values("score").iloc[-1]
     span = f"F1 at 0.1 s {last.gain:+.2f}, 95 % interval {last.gain_low:+.2f} to {last.gain_high:+.2f}"
     if last.gain_low <= 0:
-        return f"Do not bother: with {last.events} events the picker cannot be told from {before.arm} ({span})."
+        how = "is worse than" if last.gain_high < 0 else "cannot be told from"
+        return f"Do not bother: with {last.events} events the picker {how} {before.arm} ({span})."
     slope = last.score - first.score
     more = "more labels would help" if slope > 0.03 else "more labels would help little"
     return f"Worth it: with {last.events} events the picker is better than {before.arm} ({span}); {more}."

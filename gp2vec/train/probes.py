@@ -25,7 +25,7 @@ from ..models.gp2vec import GP2Vec, GP2VecConfig
 # %% auto #0
 __all__ = ['LabelledWindows', 'label_windows', 'LabelledOnsets', 'label_onsets', 'read_onsets', 'pool', 'frozen_features',
            'untrained', 'handcrafted', 'sites', 'audit_split', 'crossed_folds', 'split_parts', 'LinearProbe',
-           'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'compare_arms', 'verdict']
+           'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'event_draws', 'compare_arms', 'verdict']
 
 # %% ../../nbs/11_train.probes.ipynb #11-006
 @dataclass
@@ -53,8 +53,16 @@ class LabelledWindows:
         *labels: str,  # labels to keep, such as "P", "S"
     ) -> LabelledWindows:  # the windows that carry one of them
         "Windows with some labels."
-        keep = self.table.label.isin(labels).to_numpy()
-        return LabelledWindows(self.waveforms[keep], self.table[keep].reset_index(drop=True), self.sampling_rate)
+        return self.take(self.table.label.isin(labels).to_numpy())
+
+    def take(
+        self,
+        rows: np.ndarray,  # numbers of rows, or (n,) bool
+    ) -> LabelledWindows:  # those windows, in that order
+        "Some of the windows."
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=int)
+        table = self.table.iloc[rows].reset_index(drop=True)
+        return LabelledWindows(self.waveforms[rows], table, self.sampling_rate)
 
     @classmethod
     def join(
@@ -169,6 +177,16 @@ class LabelledOnsets:
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=int)
         table = self.table.iloc[rows].reset_index(drop=True)
         return LabelledOnsets([self.records[i] for i in rows], table, self.sampling_rate)
+
+    def some_events(
+        self,
+        count: int,  # events, at most
+        seed: int = 0,  # of the draw
+    ) -> LabelledOnsets:  # in the same order
+        "The records of some events, drawn at random."
+        events = self.table.event_id.astype(str)
+        names = np.random.default_rng(seed).permutation(sorted(set(events)))[:count]
+        return self.take(events.isin(names).to_numpy())
 
     def picked(self) -> LabelledOnsets:  # in the same order
         "The records that have an onset."
@@ -632,6 +650,18 @@ def mean_auc(
     return float(np.mean(known)) if known else float("nan")
 
 # %% ../../nbs/11_train.probes.ipynb #11-059
+def event_draws(
+    events: pd.Series,  # event of each window
+    resamples: int,  # how many draws
+    seed: int = 0,  # of the draws
+) -> list[np.ndarray]:  # how often each window counts, (n,) each: once in the first, then by draw
+    "Weights of windows whose events are drawn with replacement, after those of the windows as they are."
+    code, rng = pd.factorize(events)[0], np.random.default_rng(seed)
+    number = code.max() + 1
+    drawn = [np.bincount(rng.integers(number, size=number), minlength=number)[code] for _ in range(resamples)]
+    return [np.ones(len(code)), *(weight.astype(float) for weight in drawn)]
+
+# %% ../../nbs/11_train.probes.ipynb #11-061
 def compare_arms(
     arms: Mapping[str, np.ndarray],  # name -> features, (n, F)
     positive: np.ndarray,  # (n,) bool
@@ -643,11 +673,8 @@ def compare_arms(
     "AUC of a linear probe on each arm and its paired gain over the control, with 95 % intervals over events."
     if control not in arms:
         raise ValueError(f"the control {control!r} is not among the arms {', '.join(arms)}")
-    folds, rng = crossed_folds(table, seed), np.random.default_rng(seed)
+    folds, draws = crossed_folds(table, seed), event_draws(table.event_id, resamples, seed)[1:]
     scores = {name: out_of_fold_scores(features, positive, folds) for name, features in arms.items()}
-    event = pd.factorize(table.event_id)[0]
-    number = event.max() + 1
-    draws = [np.bincount(rng.integers(number, size=number), minlength=number)[event] for _ in range(resamples)]
     area = {name: mean_auc(score, positive, folds) for name, score in scores.items()}
     drawn = {
         name: np.array([mean_auc(score, positive, folds, draw) for draw in draws]) for name, score in scores.items()
@@ -660,7 +687,7 @@ def compare_arms(
         rows.append(row | {"gain_low": gain_low, "gain_high": gain_high})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/11_train.probes.ipynb #11-065
+# %% ../../nbs/11_train.probes.ipynb #11-067
 def verdict(
     row: pd.Series,  # a row of `compare_arms`
     control: str,  # name of the control
