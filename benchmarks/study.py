@@ -15,15 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import obspy
 import pandas as pd
+import recordings
 import torch
 
-from gp2vec.data.archive import Archive, as_manifest, build_manifest, write_archive
 from gp2vec.data.augment import AugmentConfig
-from gp2vec.data.datapipes import write_split
-from gp2vec.data.embedded import real_inventory, real_recordings
-from gp2vec.data.metadata import StationMetadataManager, StationTable, as_station_table
 from gp2vec.data.preprocessing import PreprocessingConfig
 from gp2vec.models.gp2vec import GP2VecConfig, settings_from_dict, settings_to_dict
 from gp2vec.train.pretraining import OptimizerConfig, SchedulerConfig, TrainConfig, WindowData
@@ -39,8 +35,6 @@ from gp2vec.train.probes import (
 )
 from gp2vec.train.train import TrainerConfig, pretrain
 
-# No stated licence, and a source under the GPL: nothing that is published may be trained on them.
-LEFT_OUT = {("TA", "C26K"), ("NZ", "BFZ")}
 TRAINED_ON = "CI.CCC CI.JRC2 CI.LRL CI.MPM CI.SLA CI.WBM CI.WNM CI.WRV2 CI.WVP2 BK.BRIB BK.CVS UW.SHW".split()
 CONTRASTIVE = {"objective": "contrastive", "feature_penalty": 10.0, "quantizer": {
     "type": "gumbel", "codebook_size": 320, "num_codebooks": 2, "codevector_dim": 64}}  # fmt: skip
@@ -51,6 +45,7 @@ ARMS: dict[str, dict] = {
     "contrastive, Gumbel": CONTRASTIVE,
     "contrastive, Gumbel, unprotected": CONTRASTIVE | {"feature_penalty": 0.0, "feature_grad_mult": 1.0},
     "contrastive, EMA": CONTRASTIVE | {"quantizer": CONTRASTIVE["quantizer"] | {"type": "ema", "codevector_dim": 128}},
+    "contrastive, random projection": {"objective": "contrastive", "feature_penalty": 10.0},
     "no high-pass": {"data.highpass": 0.0},
     "high-pass 2 Hz": {"data.highpass": 2.0},
     "span 0.4 s": {"mask_span": 0.4},
@@ -77,35 +72,6 @@ def merge(settings: dict, changes: dict) -> dict:
     for name, value in changes.items():
         out[name] = merge(out[name], value) if isinstance(value, dict) and isinstance(out.get(name), dict) else value
     return out
-
-
-def station_tables(data: Path, archives: dict[str, Archive], manifests: list[pd.DataFrame]) -> StationTable:
-    "What is known of the stations: StationXML of the archives and of the folder beside them."
-    tables = [
-        StationMetadataManager.from_archive(a, m).table for a, m in zip(archives.values(), manifests, strict=True)
-    ]
-    files = sorted((data / "stationxml").glob("*.xml"))
-    tables += [StationMetadataManager.from_inventory(obspy.read_inventory(path)).table for path in files]
-    table = pd.concat([t for t in tables if len(t)], ignore_index=True)
-    keys = ["network", "station", "location", "channel", "starttime", "endtime"]
-    return StationTable(as_station_table(table.drop_duplicates(keys)))
-
-
-def shards(data: Path, output: Path, highpass: float):
-    "Shards of all recordings of 100 Hz or so, some stations held out."
-    archives = {p.name: Archive(str(p)) for p in sorted((data / "buckets").iterdir())}
-    write_archive(output / "embedded", real_recordings(), real_inventory())
-    archives["embedded"] = Archive(str(output / "embedded"), "scedc")
-    manifests = []
-    for archive in archives.values():
-        rows = [archive.layout.parse(key) for key in archive.find(archive.layout.folder)]
-        manifests.append(build_manifest(archive, sorted({r["network"] for r in rows if r})))
-    manifest = pd.concat(manifests)
-    keep = [pair not in LEFT_OUT for pair in zip(manifest.network, manifest.station, strict=True)]
-    config = PreprocessingConfig(highpass=highpass, overlap=0.5)
-    where = output / f"shards-{highpass:g}"
-    manager = station_tables(data, archives, manifests)
-    return write_split(as_manifest(manifest[keep]), manager, where, config, 0.15, 0, progress=False)[:2]
 
 
 def labelled(data: Path, config: PreprocessingConfig):
@@ -208,7 +174,8 @@ def run(data: Path, output: Path, arm: str, seed: int, steps: int, batch: int) -
     config = settings_from_dict(GP2VecConfig, merge(settings, model), "model")
     if changes.get("data.metadata") == "off":
         config = replace(config, conditioning=replace(config.conditioning, fields=("log_scale",)))
-    train, val = shards(data, output, changes.get("data.highpass", 1.0))
+    highpass = changes.get("data.highpass", 1.0)
+    train, val = recordings.write(data, output / f"highpass-{highpass:g}", highpass)
     windows = WindowData(changed(train, changes), changed(val, changes), batch)
     learning = TrainConfig(
         max_steps=steps, max_epochs=10_000, seed=seed, log_every=max(1, min(10, steps // 4)),

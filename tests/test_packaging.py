@@ -126,8 +126,22 @@ print(gp2vec.__file__, *(p.name for p in files("gp2vec.configs").iterdir()))"""
 
 def test_installed_training_composes(installed):
     "Hydra finds its configurations inside the installed package; `--cfg job` prints one and trains nothing."
-    for name in ("config", *(f"experiment/{p.stem}" for p in CONFIGS if p.parent.name == "experiment")):
-        assert yaml.safe_load(installed("python", "-m", "gp2vec.train.train", f"--config-name={name}", "--cfg", "job"))
+    names = ["config", *(f"experiment/{p.stem}" for p in CONFIGS if p.parent.name == "experiment")]
+    code = f"""from gp2vec.train.train import main
+for name in {names}:
+    assert main([f"--config-name={{name}}", "--cfg", "job"]) == 0
+    print("---")"""
+    *printed, _ = yaml.safe_load_all(installed("python", "-c", code))
+    assert len(printed) == len(names) and all("model" in settings for settings in printed)
+
+
+def test_installed_weights_load(installed):
+    "What ships with gp2vec is small, has a card, and loads without a network."
+    code = "from gp2vec.models.gp2vec import *; print(*(name for name in shipped() if GP2Vec.from_pretrained(name)))"
+    names = installed("python", "-c", code).split()
+    assert "gp2vec-tiny" in names and set(names) == {p.parent.name for p in DATA if p.name == "model.safetensors"}
+    assert all((LIB / "zoo" / name / "README.md").read_text(encoding="utf-8").count("\n## ") > 3 for name in names)
+    assert sum(p.stat().st_size for p in DATA if LIB / "zoo" in p.parents) < 8e6
 
 
 def test_versions_agree():
