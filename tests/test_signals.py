@@ -13,6 +13,8 @@ import pytest
 from project import few_or_many
 from training import begin, end, last, rows, settings, wait_for, write_data
 
+from gp2vec.train.train import Saving
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
 STEPS = 400
 IMPORTS = 20  # s that a new process may take to import everything on a busy machine
@@ -86,6 +88,21 @@ def test_loading_process_is_killed(data, tmp_path):
     assert saved >= 5
     pid = begin([*asked, f"train.max_steps={saved + 3}"], log)
     assert end(pid) == 0 and rows(run) == list(range(saved + 3)), log.read_text()[-3000:]
+
+
+def test_killed_right_after_a_save(data, tmp_path):
+    "The checkpoint is there, and so are the metrics of its step."
+    run, log, save = tmp_path / "run", tmp_path / "log", Saving._save
+
+    def save_and_die(self, trainer):
+        save(self, trainer)
+        if self.saved == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    asked = settings(data, run, 13, "train.checkpoint_every=5")
+    pid = begin(asked, log, before=lambda: setattr(Saving, "_save", save_and_die))
+    assert end(pid) == -signal.SIGKILL and last(run) == 10, log.read_text()[-3000:]
+    assert end(begin(asked, log)) == 0 and rows(run) == list(range(13)), log.read_text()[-3000:]
 
 
 def test_memory_is_short(data, tmp_path):

@@ -684,16 +684,15 @@ class Saving(Checkpoint):
             self.saved = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        "Save where a step of the optimiser is complete and it is time, or somebody was told to stop."
-        if trainer.global_step == self.step:  # in the middle of an accumulation
-            return
-        self.step = trainer.global_step
-        self.stop = trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
+        "All processes agree whether one of them was told to stop."
+        if trainer.global_step != self.step:  # not in the middle of an accumulation
+            self.step = trainer.global_step
+            self.stop = trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
+
+    def _settle(self, trainer):
+        "Save if it is time, and leave if told to: once the metrics of the step are written, which comes after its end."
         if self.stop or (self.every and self.step % self.every == 0):
             self._save(trainer)
-
-    def _leave(self, trainer):
-        "End once the metrics of the step are written, before anything that takes long."
         if self.stop:
             if trainer.is_global_zero:
                 said = f"told to stop by {self.told or 'another process'}"
@@ -701,16 +700,17 @@ class Saving(Checkpoint):
             raise SystemExit(AGAIN)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        "Leave between two steps,"
-        self._leave(trainer)
+        "Between two steps,"
+        self._settle(trainer)
 
     def on_validation_start(self, trainer, pl_module):
-        "before a validation,"
-        self._leave(trainer)
+        "before a validation that there is no time for,"
+        if self.stop:
+            self._settle(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module):
         "or at the end of an epoch."
-        self._leave(trainer)
+        self._settle(trainer)
 
     def on_train_end(self, trainer, pl_module):
         "The result."
