@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every row of the speed page, one after the other, on a quiet machine: about twenty minutes on two cores.
+# Every row of the speed page, one after the other, on a quiet machine: about half an hour on two cores.
 # usage: bash benchmarks/all.sh FILE     (FILE gets a JSON line per row; the page shows benchmarks/results.jsonl)
 set -euo pipefail
 out="$(realpath -m "$1")"
@@ -9,5 +9,7 @@ for script in decode windows single_windows response read_shards stream_shards w
     python "$script.py" --json "$out"
 done
 python pretraining_step.py --shapes seislm small base149 --batch 2 --json "$out"
-python encode.py --batches 1 8 --json "$out"
+python memory.py --json "$out"
+python memory.py --checkpointing --json "$out"
+python encode.py --batches 1 32 --json "$out"
 python training.py --json "$out"

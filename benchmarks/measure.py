@@ -109,7 +109,12 @@ def compare(
             f"  {name:32} CPU {middle[0]:8.4f} s ({min(cpu):.4f}..{max(cpu):.4f})"
             f"  wall {middle[1]:8.4f} s ({min(wall):.4f}..{max(wall):.4f}){ratio}"
         )
+    append(result, out)
+    return result
+
+
+def append(row: Mapping[str, Any], out: Path | None) -> None:
+    "Add a row to a file of JSON lines, where one is wanted."
     if out:
         with out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-    return result
+            file.write(json.dumps(row) + "\n")
