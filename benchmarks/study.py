@@ -5,7 +5,8 @@ usage: python benchmarks/study.py DATA [--arms default span-0.4 …] [--seeds 1]
 DATA holds `buckets/` (objects under their archives' keys), `stationxml/` and `labels/` (picks.csv and waveforms). Every
 arm changes one thing of the default. Each is trained on all 100 Hz recordings but those of unclear licence, on as many
 windows, and asked two questions on labelled windows: P or S, and event or noise. A row of results goes to study.jsonl
-in the output folder; an arm and seed that is there already is not repeated.
+in the output folder; an arm and seed that is there already is not repeated. A run that ends because its codes collapsed
+is a result, too: its row says so.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from gp2vec.data.augment import AugmentConfig
 from gp2vec.data.preprocessing import PreprocessingConfig
 from gp2vec.models.gp2vec import GP2VecConfig, settings_from_dict, settings_to_dict
+from gp2vec.train.callbacks import CollapsedCodes
 from gp2vec.train.pretraining import OptimizerConfig, SchedulerConfig, TrainConfig, WindowData
 from gp2vec.train.probes import (
     LabelledWindows,
@@ -212,9 +214,15 @@ def main() -> None:
         for arm in options.arms:
             if (arm, seed) in done:
                 continue
-            row = run(options.data, options.output, arm, seed, options.steps, options.batch)
+            try:
+                row = run(options.data, options.output, arm, seed, options.steps, options.batch)
+            except CollapsedCodes as error:
+                row = {"arm": arm, "seed": seed, "steps": options.steps, "batch": options.batch, "ended": str(error)}
             with table.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            if "ended" in row:
+                print(f"{arm}, seed {seed}: {row['ended']}", flush=True)
+                continue
             best = {a["arm"]: a["auc"] for a in row["answers"] if a["task"] == "P or S"}
             print(f"{arm}, seed {seed}: {row['seconds']} s, accuracy {row['metrics']['val_accuracy']:.3f}, P or S",
                   {k: round(v, 3) for k, v in best.items()}, flush=True)  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from project import few_or_many
 from training import begin, end, last, rows, settings, wait_for, write_data
 
+from gp2vec.train.pretraining import Pretraining
 from gp2vec.train.train import Saving
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
@@ -58,6 +59,26 @@ def test_interrupted_run_is_the_uninterrupted_one(data, tmp_path):
     assert end(begin(settings(data, stopped, 20), tmp_path / "log")) == 0
     losses = [pd.read_csv(r / "metrics.csv").dropna(subset="train_loss").train_loss.tolist() for r in (whole, stopped)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path):
+    "It does not wait for the end of it, and begins it anew."
+    whole, stopped, log, look = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log", Pretraining.validation_step
+
+    def look_and_be_told(self, batch, batch_idx):
+        assert batch_idx == 0, "told before the first batch, gone before the second"
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(self, batch, batch_idx)
+
+    often = ("train.validate_every=3", "train.checkpoint_every=0", "data.batch_size=4")
+    assert end(begin(settings(data, whole, 7, *often), log)) == 0
+    asked = settings(data, stopped, 7, *often)
+    pid = begin(asked, log, before=lambda: setattr(Pretraining, "validation_step", look_and_be_told))
+    assert end(pid, 30) == 75 and last(stopped) == 3, log.read_text()[-3000:]
+    assert end(begin(asked, log)) == 0
+    columns = ["step", "train_loss", "val_loss", "val_accuracy"]
+    tables = [pd.read_csv(run / "metrics.csv")[columns].dropna(thresh=2) for run in (whole, stopped)]
+    assert tables[0].val_loss.count() == 2 and tables[0].reset_index(drop=True).equals(tables[1].reset_index(drop=True))
 
 
 def test_before_it_learns_nothing_is_lost(data, tmp_path):

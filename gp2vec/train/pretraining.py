@@ -383,12 +383,14 @@ class _Resumable(pl.LightningModule):
     def _validation_due(self) -> bool:
         "Whether the step that was just done is followed by a validation that has not been."
         trainer, loop = cast(Any, self.trainer), cast(Any, self.trainer.fit_loop.epoch_loop)
-        if not trainer.training or self._validated == trainer.global_step or not loop._should_check_val_epoch():
+        if self._validated == trainer.global_step or not loop._should_check_val_epoch():
             return False
+        if not trainer.training:  # in the middle of it
+            return True
+        now, total = loop.batch_progress.current, loop.batch_progress.total
         if trainer.val_check_batch in (None, math.inf):
-            return loop.batch_progress.is_last_batch
-        done = loop.batch_idx if trainer.check_val_every_n_epoch else loop.total_batch_idx
-        return (done + 1) % trainer.val_check_batch == 0
+            return loop.batch_progress.is_last_batch and now.processed == now.ready
+        return (now if trainer.check_val_every_n_epoch else total).processed % trainer.val_check_batch == 0
 
     def on_save_checkpoint(self, checkpoint):
         "What else there is to know."

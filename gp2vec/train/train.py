@@ -683,11 +683,8 @@ class Saving(Checkpoint):
             trainer.save_checkpoint(self.place.path(trainer.global_step))
             self.saved = trainer.global_step
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        "All processes agree whether one of them was told to stop."
-        if trainer.global_step != self.step:  # not in the middle of an accumulation
-            self.step = trainer.global_step
-            self.stop = trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
+    def _agree(self, trainer):
+        self.stop = trainer.strategy.reduce_boolean_decision(bool(self.told), all=False)
 
     def _settle(self, trainer):
         "Save if it is time, and leave if told to: once the metrics of the step are written, which comes after its end."
@@ -699,14 +696,22 @@ class Saving(Checkpoint):
                 print(f"gp2vec: {said}, saved after step {self.step}: the same command goes on", file=sys.stderr)
             raise SystemExit(AGAIN)
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        "All processes agree whether one of them was told to stop."
+        if trainer.global_step != self.step:  # not in the middle of an accumulation
+            self.step = trainer.global_step
+            self._agree(trainer)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         "Between two steps,"
         self._settle(trainer)
 
-    def on_validation_start(self, trainer, pl_module):
-        "before a validation that there is no time for,"
-        if self.stop:
-            self._settle(trainer)
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        "in the middle of a validation, which may take longer than there is time,"
+        if trainer.state.fn == "fit":
+            self._agree(trainer)
+            if self.stop:
+                self._settle(trainer)
 
     def on_train_epoch_end(self, trainer, pl_module):
         "or at the end of an epoch."
