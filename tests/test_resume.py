@@ -6,11 +6,17 @@ import random
 import signal
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import smallrun
 import torch
+
+from gp2vec.data.datapipes import ShardDataset
+from gp2vec.models.gp2vec import settings_to_dict
+from gp2vec.train.pretraining import Pretraining, WindowData
 
 # What a run can depend on: Gumbel noise, running codebooks, frozen codes, averages, accumulation, half precision.
 RUNS = {
@@ -131,3 +137,18 @@ def test_a_validation_that_was_due_is_not_skipped(data, tmp_path, validate, ever
     assert end(begin(data, folder, "gumbel", **settings), folder)
     assert ("val", step) in smallrun.diary(folder)
     same(folder, reference)
+
+
+def test_data_without_a_position_begin_anew_and_say_so(data, tmp_path):
+    windows = [ShardDataset(f"{data}/val", shuffle=False)[i] for i in range(16)]
+    for steps, path in ((2, None), (4, tmp_path / "last.ckpt")):
+        task = Pretraining(settings_to_dict(smallrun.model("gumbel", 0.0)), {"max_steps": steps})
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+        )  # fmt: skip
+        expected = pytest.warns(UserWarning, match="do not know their position") if path else nullcontext()
+        with expected:
+            trainer.fit(task, WindowData(windows, windows, 4), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert trainer.global_step == 4

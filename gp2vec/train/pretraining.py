@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -401,6 +402,8 @@ class _Resumable(pl.LightningModule):
         if "loops" in checkpoint and WindowData.__qualname__ in checkpoint:
             begin_epoch(checkpoint, checkpoint[WindowData.__qualname__]["order"]["epoch"])
             self._left = checkpoint.get("left")
+        elif "loops" in checkpoint and self.trainer.state.fn == "fit":
+            warnings.warn("these data do not know their position: the windows of an epoch begin anew", stacklevel=2)
 
     def on_train_start(self):
         "Nothing of the interrupted epoch is left to be wound forward to; what was due is done first."
@@ -707,8 +710,9 @@ class _Placed(pl.LightningDataModule):
     @property
     def epoch_batches(self) -> float:
         "Whole batches of each process in an epoch; infinite where the dataset does not know its length."
-        train = self.train
-        windows = train.count if hasattr(train, "count") else len(train) if hasattr(train, "__len__") else math.inf
+        train, windows = self.train, getattr(self.train, "count", None)
+        if not isinstance(windows, int):  # a list has a method of this name
+            windows = len(train) if hasattr(train, "__len__") else math.inf
         return windows // self._step
 
     @property
