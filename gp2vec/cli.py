@@ -13,8 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -266,6 +266,7 @@ def shards(
     window_length: float = 30.0,
     overlap: float = 0.0,
     highpass: float = 1.0,
+    max_windows: int = 0,
     seed: int = 0,
 ) -> None:
     """Prepare an archive's gap-free segments and write them to WebDataset shards; after a kill, the same goes on.
@@ -290,13 +291,16 @@ def shards(
         Share of a window that the next one repeats.
     highpass
         Corner of the causal high-pass, Hz; 0 leaves it out.
+    max_windows
+        Windows kept of one station and day, evenly spread; 0 keeps all.
     seed
         Of the choice of stations."""
     from gp2vec.data.preprocessing import PreprocessingConfig
 
     config = PreprocessingConfig(
-        sampling_rate=sampling_rate, window_length=window_length, overlap=overlap, highpass=highpass
-    )
+        sampling_rate=sampling_rate, window_length=window_length, overlap=overlap, highpass=highpass,
+        max_windows=max_windows,
+    )  # fmt: skip
     how = (shard_size, workers, executor, _part(shard))
     for name, report in _write_shards(manifest, stations, output, config, held_out, seed, *how).items():
         counts = f"{report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
@@ -484,8 +488,7 @@ def embed(
     work = _Work("embed", model, stations, {"layer": layer})
     parts = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
     embeddings = Embeddings.join([Embeddings.read(part) for part in parts])
-    embeddings.write(output)
-    _done(parts)
+    _deliver(embeddings.write, output, parts)
     console.print(f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations")
 
 # %% ../nbs/22_cli.ipynb #22-028
@@ -508,11 +511,9 @@ def annotate(
     """
     work = _Work("annotate", picker, stations, {})
     parts = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
-    with Path(output).open("wb") as file:  # records of miniSEED may follow each other in any order
-        for part in parts:
-            file.write(part.read_bytes())
-    _done(parts)
-    console.print(f"{output}: {Path(output).stat().st_size / 1e6:.1f} MB of curves")
+    size = sum(part.stat().st_size for part in parts)
+    _deliver(lambda path: _append(parts, path), output, parts)
+    console.print(f"{output}: {size / 1e6:.1f} MB of curves")
 
 # %% ../nbs/22_cli.ipynb #22-029
 @app.command
@@ -540,8 +541,7 @@ def classify(
     work = _Work("classify", picker, stations, {"threshold": threshold})
     parts = _work_through(work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor)
     picks = Picks.join([Picks.read(part) for part in parts])
-    picks.write(output)
-    _done(parts)
+    _deliver(picks.write, output, parts)
     console.print(f"{output}: {len(picks)} picks at {picks.table.station.nunique()} stations")
 
 # %% ../nbs/22_cli.ipynb #22-030
@@ -553,6 +553,7 @@ class _Work:
     model: str
     stations: str
     options: dict[str, Any]
+    weights: str = ""  # of the model as it was loaded, SHA-256; its name may come to mean another
 
     def name(self, unit: Any) -> str:
         "A name that says what was read and how; another file, model, station table or option gives another."
@@ -560,7 +561,7 @@ class _Work:
 
         title, read = (Path(unit).name, unit) if isinstance(unit, str) else (f"{unit.network}.{unit.station}", "")
         files = [(place, _version(place)) for place in (locate(self.model), self.stations, read) if place]
-        text = json.dumps([self.verb, self.options, files, "" if read else repr(unit)], default=str)
+        text = json.dumps([self.verb, self.options, self.weights, files, "" if read else repr(unit)], default=str)
         return f"{re.sub('[^A-Za-z0-9.]', '_', title)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -568,6 +569,16 @@ def _version(place: str) -> list[tuple]:
     "Names, sizes and times of a file, or of the files in a folder; nothing of what is elsewhere."
     files = sorted(Path(place).iterdir()) if Path(place).is_dir() else [Path(place)]
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
+
+
+def _digest(model: Any) -> str:
+    "SHA-256 of the weights."
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -666,8 +677,9 @@ def _work_through(work, inputs, output, ends, part_end, workers, executor) -> li
 
     if not output.endswith(ends):
         raise ValueError(f"expected an --output that ends in {' or '.join(ends)}, got {output!r}")
-    _loaded(work.verb, work.model, work.stations)  # what is wrong with the model is wrong with every unit
-    folder = Path(f"{output}.parts")
+    model, _ = _loaded(work.verb, work.model, work.stations)  # what is wrong with it is wrong with every unit
+    work = replace(work, weights=_digest(model))
+    folder = Path(f"{output.rpartition('/')[2] if '://' in output else output}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     todo = {folder / f"{work.name(unit)}{part_end}": unit for unit in _units(inputs)}
     left = {part: unit for part, unit in todo.items() if not part.exists()}
@@ -690,9 +702,23 @@ def _work_through(work, inputs, output, ends, part_end, workers, executor) -> li
     return parts
 
 
-def _done(parts: Sequence[Path]) -> None:
-    "Remove the parts of a finished output."
-    shutil.rmtree(parts[0].parent)
+def _append(parts: Sequence[Path], path: Path) -> None:
+    "Records of miniSEED may follow each other in any order."
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+
+
+def _deliver(write: Callable[[Path], None], output: str, parts: Sequence[Path]) -> None:
+    "Put the finished output in its place, a folder or S3, whole, and remove the parts of it."
+    from gp2vec.data.archive import Store
+
+    whole = parts[0].parent / f"whole{Path(output).suffix}"
+    write(whole)
+    folder, _, name = output.rpartition("/")
+    place = folder or ("/" if output.startswith("/") else ".")
+    Store(place, credentials="environment").write(name, whole.read_bytes())
+    shutil.rmtree(whole.parent)
 
 # %% ../nbs/22_cli.ipynb #22-034
 @app.meta.default

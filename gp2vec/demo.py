@@ -155,8 +155,8 @@ def plot_curves(
     train = metrics.dropna(subset="train_loss").set_index("step")
     smooth = train.rolling(max(1, len(train) // 10), min_periods=1).mean()
     for ax, name, scale, label in (
-        (axes[0], "answer_loss", 1, "loss at hidden frames (nats)"),
-        (axes[1], "accuracy", 100, "accuracy at hidden frames (%)"),
+        (axes[0], "answer_loss", 1, "loss at\nhidden frames (nats)"),
+        (axes[1], "accuracy", 100, "accuracy at\nhidden frames (%)"),
         (axes[2], "perplexity", 1, "perplexity of the codes"),
     ):
         ax.plot(scale * train[f"train_{name}"], color="0.8", lw=0.7)
@@ -167,7 +167,7 @@ def plot_curves(
     probe = metrics.dropna(subset="probe_auc")
     axes[3].plot(probe.step, probe.probe_auc, "C0o-")
     axes[3].axhline(probe.probe_auc.iloc[0], color="C7", ls="--", label="before training")
-    axes[3].set(ylabel="probe: AUC of P against S")
+    axes[3].set(ylabel="probe: AUC\nof P against S")
     for ax in axes:
         ax.set(xlabel="step")
     for ax in axes[1:]:

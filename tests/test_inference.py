@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gp2vec import cli
-from gp2vec.data.archive import write_archive
+from gp2vec.data.archive import Store, write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
 from gp2vec.data.preprocessing import read_miniseed
 from gp2vec.inference import Embeddings, Picks, annotate, as_seisbench, classify, embed
@@ -90,6 +90,35 @@ def test_curves_of_the_command_are_those_of_the_function(archive, picker):
         letters = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
         other = written.select(station=trace.stats.station, channel=letters)
         assert len(other) == 1 and np.allclose(other[0].data, trace.data, atol=1e-5)
+
+
+def test_output_on_s3_leaves_nothing_behind(archive, s3_server, monkeypatch):
+    folder, _ = archive
+    s3_server.env(monkeypatch)
+    before = set(folder.iterdir())
+    for verb, ending in (("embed", "parquet"), ("annotate", "mseed"), ("classify", "csv")):
+        here, there = f"of-{verb}.{ending}", f"s3://private/out/of-{verb}.{ending}"
+        for output in (here, there):
+            done = command(folder, verb, "picker" if verb != "embed" else "gp2vec-tiny", "archive", "--output", output)
+            assert done.returncode == 0, done.stderr
+        assert (
+            Store("s3://private/out", credentials="environment").read(f"of-{verb}.{ending}")
+            == (folder / here).read_bytes()
+        )
+    assert {p.name for p in set(folder.iterdir()) - before} == {
+        "of-embed.parquet",
+        "of-annotate.mseed",
+        "of-classify.csv",
+    }
+
+
+def test_what_is_kept_belongs_to_the_weights():
+    "A name on a hub may come to mean other weights."
+    models = [GP2Vec(GP2VecConfig.preset("tiny")) for _ in range(2)]
+    names = [
+        cli._Work("embed", "someone/model", "", {}, cli._digest(m)).name("some.mseed") for m in (*models, models[0])
+    ]
+    assert names[0] == names[2] != names[1]
 
 
 def test_the_shipped_model_embeds_by_its_name(archive):

@@ -111,6 +111,14 @@ def test_loading_process_is_killed(data, tmp_path):
     assert end(pid) == 0 and rows(run) == list(range(saved + 3)), log.read_text()[-3000:]
 
 
+def test_probes_before_a_stop_stay_in_the_table(data, tmp_path):
+    "The one at the very step that the run goes on from, too."
+    run, log = tmp_path / "run", tmp_path / "log"
+    for steps in (3, 6):
+        assert end(begin(settings(data, run, steps, "train.probe_every=3"), log)) == 0, log.read_text()[-3000:]
+    assert pd.read_csv(run / "metrics.csv").dropna(subset="probe_auc").step.tolist() == [0, 2, 5]
+
+
 def test_killed_right_after_a_save(data, tmp_path):
     "The checkpoint is there, and so are the metrics of its step."
     run, log, save = tmp_path / "run", tmp_path / "log", Saving._save

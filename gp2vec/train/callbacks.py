@@ -331,8 +331,9 @@ class OnlineProbe(pl.Callback):
         if trainer.global_step not in self.history:
             self.history[trainer.global_step] = auc = self.probe(pl_module.model)
             zero = next(iter(self.history.values()))
+            step = max(trainer.global_step - 1, 0)  # what is told of a step stands in its row
             for logger in trainer.loggers:
-                logger.log_metrics({"probe_auc": auc, "probe_zero_line": zero}, trainer.global_step)
+                logger.log_metrics({"probe_auc": auc, "probe_zero_line": zero}, step)
 
     def state_dict(self) -> dict[str, Any]:
         "The curve so far, for a checkpoint."

@@ -62,7 +62,7 @@ class PickerConfig:
     minimum_distance: float = 1.0  # between two picks of one phase, s
     thresholds: tuple[float, ...] = (0.3, 0.3)  # least probability of a pick, one per phase
     shifts: int = 1  # windows, moved by parts of a frame, whose curves are averaged; see "where the window begins"
-    temperature: float = 1.0  # divides the logits, so that probabilities are shares
+    temperature: float = 1.0  # divides the log-odds of every curve, so that probabilities are shares
     coverage: float = 0.9  # share of the right picks whose onset lies in their interval
     intervals: tuple[Interval, ...] = ()  # conformal half-widths; none: not calibrated
 
@@ -165,9 +165,13 @@ class PickingNetwork(nn.Module):
         for k in range(self.config.shifts):
             later = k * self.stride // self.config.shifts
             x = F.pad(waveforms, (later, 0), mode="replicate") if later else waveforms
-            logits = self(x, component_mask, log_scale)[..., later:].float() / self.config.temperature
+            logits = self(x, component_mask, log_scale)[..., later:].float()
             shares = shares + logits.softmax(1) / self.config.shifts
-        return torch.cat([shares[:, :-1], 1 - shares[:, -1:]], 1)
+        return self._tempered(torch.cat([shares[:, :-1], 1 - shares[:, -1:]], 1))
+
+    def _tempered(self, curves: Tensor) -> Tensor:
+        "Each curve by itself, as the temperature is measured."
+        return torch.sigmoid(torch.logit(curves, eps=1e-6) / self.config.temperature)
 
     def half_width(
         self,
@@ -708,7 +712,7 @@ class StaLta(PickingNetwork):
         s = self._ratio(power[:, 1:].sum(1), self.long / 2)
         later = torch.arange(p.shape[1]) > p.argmax(1, keepdim=True) + 0.5 * self.sampling_rate
         p, s = (r / (r + 10) for r in (p, s * later))
-        return torch.stack([p, s, torch.maximum(p, s)], 1).float()
+        return self._tempered(torch.stack([p, s, torch.maximum(p, s)], 1).float())
 
 # %% ../../nbs/16_train.picking.ipynb #16-064
 @dataclass
