@@ -413,8 +413,6 @@ PRESETS = {
     ),
     "small": GP2VecConfig(
         embed_dim=256,
-        objective="masked_prediction",
-        feature_penalty=0.0,
         feature_encoder=_light(256),
         quantizer=_frozen(),
         context_encoder=ContextConfig(num_layers=6, num_heads=8, conv_pos=32),
