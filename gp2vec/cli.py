@@ -701,7 +701,7 @@ def _work_through(work, inputs, output, ends, part_end, workers, executor) -> li
         raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}: see the warnings")
     return parts
 
-
+# %% ../nbs/22_cli.ipynb #22-033
 def _append(parts: Sequence[Path], path: Path) -> None:
     "Records of miniSEED may follow each other in any order."
     with path.open("wb") as file:
@@ -720,7 +720,7 @@ def _deliver(write: Callable[[Path], None], output: str, parts: Sequence[Path]) 
     Store(place, credentials="environment").write(name, whole.read_bytes())
     shutil.rmtree(whole.parent)
 
-# %% ../nbs/22_cli.ipynb #22-034
+# %% ../nbs/22_cli.ipynb #22-035
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -757,7 +757,7 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
 
-# %% ../nbs/22_cli.ipynb #22-035
+# %% ../nbs/22_cli.ipynb #22-036
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())
