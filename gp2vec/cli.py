@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -258,6 +258,7 @@ def shards(
     output: str,
     stations: StationTable = "",  # made by gp2vec metadata
     held_out: float = 0.1,
+    max_windows: int = 0,
     shard: str = "",
     workers: Workers = 1,  # how many processes
     executor: Executor = "processes",  # where they run
@@ -266,7 +267,6 @@ def shards(
     window_length: float = 30.0,
     overlap: float = 0.0,
     highpass: float = 1.0,
-    max_windows: int = 0,
     seed: int = 0,
 ) -> None:
     """Prepare an archive's gap-free segments and write them to WebDataset shards; after a kill, the same goes on.
@@ -279,6 +279,8 @@ def shards(
         Folder or S3 URL; gets `train` and, at held-out stations, `val`.
     held_out
         Share of the stations to hold out; 0 writes all into the folder itself.
+    max_windows
+        Windows kept of one station and day, evenly spread; 0 keeps all.
     shard
         i/n: job i of n writes its share.
     shard_size
@@ -291,8 +293,6 @@ def shards(
         Share of a window that the next one repeats.
     highpass
         Corner of the causal high-pass, Hz; 0 leaves it out.
-    max_windows
-        Windows kept of one station and day, evenly spread; 0 keeps all.
     seed
         Of the choice of stations."""
     from gp2vec.data.preprocessing import PreprocessingConfig
@@ -485,10 +485,11 @@ def embed(
     """
     from gp2vec.inference import Embeddings
 
-    work = _Work("embed", model, stations, {"layer": layer})
-    parts = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
-    embeddings = Embeddings.join([Embeddings.read(part) for part in parts])
-    _deliver(embeddings.write, output, parts)
+    work = _Work("embed", model, stations, layer)
+    parts, keys = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
+    embeddings = Embeddings.join([Embeddings.read(parts.url(key)) for key in keys])
+    embeddings.write(output)
+    _remove(parts)
     console.print(f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations")
 
 # %% ../nbs/22_cli.ipynb #22-028
@@ -509,10 +510,14 @@ def annotate(
     output
         Curves to write, .mseed; the curves of HH are the channels HHP, HHS and HHD.
     """
-    work = _Work("annotate", picker, stations, {})
-    parts = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
-    size = sum(part.stat().st_size for part in parts)
-    _deliver(lambda path: _append(parts, path), output, parts)
+    from gp2vec.data.archive import store_of
+
+    work = _Work("annotate", picker, stations)
+    parts, keys = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
+    store, name = store_of(output)
+    with store.fs.open(store.path(name), "wb") as file:  # records of miniSEED may follow each other in any order
+        size = sum(file.write(parts.read(key)) for key in keys)
+    _remove(parts)
     console.print(f"{output}: {size / 1e6:.1f} MB of curves")
 
 # %% ../nbs/22_cli.ipynb #22-029
@@ -538,10 +543,11 @@ def classify(
     """
     from gp2vec.inference import Picks
 
-    work = _Work("classify", picker, stations, {"threshold": threshold})
-    parts = _work_through(work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor)
-    picks = Picks.join([Picks.read(part) for part in parts])
-    _deliver(picks.write, output, parts)
+    work = _Work("classify", picker, stations, threshold)
+    parts, keys = _work_through(work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor)
+    picks = Picks.join([Picks.read(parts.url(key)) for key in keys])
+    picks.write(output)
+    _remove(parts)
     console.print(f"{output}: {len(picks)} picks at {picks.table.station.nunique()} stations")
 
 # %% ../nbs/22_cli.ipynb #22-030
@@ -551,52 +557,52 @@ class _Work:
 
     verb: str  # embed, annotate or classify
     model: str
-    stations: str
-    options: dict[str, Any]
-    weights: str = ""  # of the model as it was loaded, SHA-256; its name may come to mean another
+    stations: str = ""
+    option: Any = None  # the layer of embed, the threshold of classify
+    digest: str = ""  # SHA-256 of the files of the model and of the station table
+
+    def stamped(self) -> _Work:
+        "The same with the digest of what the files hold now, be they here, on S3 or on the Hub."
+        from huggingface_hub import hf_hub_download
+
+        from gp2vec.data.archive import store_of
+        from gp2vec.models.gp2vec import locate
+
+        place, digest = locate(self.model), hashlib.sha256()
+        for name in ("config.json", "model.safetensors"):
+            path = Path(place) / name if Path(place).is_dir() else Path(hf_hub_download(place, name))
+            digest.update(path.read_bytes() if path.exists() else b"")  # what is missing is said when it is loaded
+        if self.stations:
+            store, name = store_of(self.stations)
+            digest.update(store.read(name))
+        return replace(self, digest=digest.hexdigest())
 
     def name(self, unit: Any) -> str:
         "A name that says what was read and how; another file, model, station table or option gives another."
-        from gp2vec.models.gp2vec import locate
-
-        title, read = (Path(unit).name, unit) if isinstance(unit, str) else (f"{unit.network}.{unit.station}", "")
-        files = [(place, _version(place)) for place in (locate(self.model), self.stations, read) if place]
-        text = json.dumps([self.verb, self.options, self.weights, files, "" if read else repr(unit)], default=str)
+        title, read = f"{getattr(unit, 'network', '')}.{getattr(unit, 'station', '')}", repr(unit)
+        if isinstance(unit, str):
+            known = Path(unit).stat()
+            title, read = Path(unit).name, f"{unit} {known.st_size} {known.st_mtime_ns}"
+        text = json.dumps([self.verb, self.option, self.digest, read])
         return f"{re.sub('[^A-Za-z0-9.]', '_', title)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _version(place: str) -> list[tuple]:
-    "Names, sizes and times of a file, or of the files in a folder; nothing of what is elsewhere."
-    files = sorted(Path(place).iterdir()) if Path(place).is_dir() else [Path(place)]
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
-
-
-def _digest(model: Any) -> str:
-    "SHA-256 of the weights."
-    import torch
-
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 @lru_cache(maxsize=1)
-def _loaded(verb: str, model: str, stations: str):
+def _loaded(work: _Work):
     "The model or picker, and the station table, once per process."
     from gp2vec.data.metadata import StationMetadataManager
 
-    manager = StationMetadataManager.read(stations) if stations else None
-    if verb == "embed":
+    manager = StationMetadataManager.read(work.stations) if work.stations else None
+    if work.verb == "embed":
         from gp2vec.models.gp2vec import GP2Vec
 
-        return GP2Vec.from_pretrained(model).eval(), manager
+        return GP2Vec.from_pretrained(work.model).eval(), manager
     from gp2vec.train.picking import Picker, load_picker
 
-    picker = load_picker(model)
+    picker = load_picker(work.model)
     if not isinstance(picker, Picker):
         raise ValueError(
-            f"expected a picker to {verb}, and {model!r} is a model without a head: make one by gp2vec adapt"
+            f"expected a picker to {work.verb}, and {work.model!r} is a model without a head: make one by gp2vec adapt"
         )
     return picker, manager
 
@@ -640,87 +646,73 @@ def _stream(unit: Any):
     return stream
 
 # %% ../nbs/22_cli.ipynb #22-032
-def _do(work: _Work, unit: Any, part: str) -> str:
+def _do(work: _Work, unit: Any, parts: Any, key: str) -> str:
     "Work on one unit and keep what it gave; why it gave nothing, or an empty text."
     from gp2vec import inference
 
-    model, manager = _loaded(work.verb, work.model, work.stations)
-    unfinished = Path(f"{part}.{os.getpid()}")
+    model, manager = _loaded(work)
     try:
         stream = _stream(unit)
         if work.verb == "embed":
-            inference.embed(model, stream, lookup=manager, layer=work.options["layer"]).to_frame().to_parquet(
-                unfinished
-            )
+            inference.embed(model, stream, lookup=manager, layer=work.option).write(parts.url(key))
         elif work.verb == "classify":
-            limit = work.options["threshold"]
-            limits = None if limit is None else (limit,) * len(model.config.phases)
-            inference.classify(model, stream, lookup=manager, thresholds=limits).table.to_parquet(unfinished)
+            limits = None if work.option is None else (work.option,) * len(model.config.phases)
+            inference.classify(model, stream, lookup=manager, thresholds=limits).write(parts.url(key))
         else:
             curves = inference.annotate(model, stream, lookup=manager)
             if not curves:
                 return "no stretch is long enough"
             for trace in curves:  # miniSEED has room for three letters
                 trace.stats.channel = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
-            curves.write(unfinished, format="MSEED", encoding="FLOAT32", reclen=4096)
+            written = io.BytesIO()
+            curves.write(written, format="MSEED", encoding="FLOAT32", reclen=4096)
+            parts.write(key, written.getvalue())
     except ValueError as error:
         return str(error)
-    unfinished.replace(part)
     return ""
 
 
-def _work_through(work, inputs, output, ends, part_end, workers, executor) -> list[Path]:
-    "Work on all units that are not done; the parts, in order."
+def _work_through(work, inputs, output, ends, part_end, workers, executor) -> tuple[Any, list[str]]:
+    "Work on all units that are not done; the `Store` of the parts, and their keys, in order."
     from concurrent.futures import as_completed
 
+    from gp2vec.data.archive import Store
     from gp2vec.data.datapipes import open_executor
 
     if not output.endswith(ends):
         raise ValueError(f"expected an --output that ends in {' or '.join(ends)}, got {output!r}")
-    model, _ = _loaded(work.verb, work.model, work.stations)  # what is wrong with it is wrong with every unit
-    work = replace(work, weights=_digest(model))
-    folder = Path(f"{output.rpartition('/')[2] if '://' in output else output}.parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = {folder / f"{work.name(unit)}{part_end}": unit for unit in _units(inputs)}
-    left = {part: unit for part, unit in todo.items() if not part.exists()}
+    work = work.stamped()
+    _loaded(work)  # what is wrong with the model is wrong with every unit
+    parts = Store(f"{output}.parts", credentials="environment")
+    todo, there = {f"{work.name(unit)}{part_end}": unit for unit in _units(inputs)}, parts.find()
+    left = {key: unit for key, unit in todo.items() if key not in there}
     bar = Progress(console=Console(stderr=True), disable=console.quiet, transient=True)
     with bar, open_executor(executor, workers) as pool:
         task = bar.add_task(work.verb, total=len(todo), completed=len(todo) - len(left))
-        jobs = {} if pool is None else {pool.submit(_do, work, unit, str(part)): part for part, unit in left.items()}
+        jobs = {} if pool is None else {pool.submit(_do, work, unit, parts, key): key for key, unit in left.items()}
         results = (
-            ((p, _do(work, u, str(p))) for p, u in left.items())
+            ((key, _do(work, unit, parts, key)) for key, unit in left.items())
             if pool is None
             else ((jobs[f], f.result()) for f in as_completed(jobs))
         )
-        for part, why in results:
+        for key, why in results:
             bar.advance(task)
             if why:
-                logging.getLogger(__name__).warning("%s: left out, %s", part.name, why)
-    parts = [part for part in todo if part.exists()]
-    if not parts:
+                logging.getLogger(__name__).warning("%s: left out, %s", key, why)
+    there = parts.find()
+    if not (keys := [key for key in todo if key in there]):
         raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}: see the warnings")
-    return parts
-
-# %% ../nbs/22_cli.ipynb #22-033
-def _append(parts: Sequence[Path], path: Path) -> None:
-    "Records of miniSEED may follow each other in any order."
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part.read_bytes())
+    return parts, keys
 
 
-def _deliver(write: Callable[[Path], None], output: str, parts: Sequence[Path]) -> None:
-    "Put the finished output in its place, a folder or S3, whole, and remove the parts of it."
-    from gp2vec.data.archive import Store
+def _remove(parts: Any) -> None:
+    "Remove the parts of a finished output."
+    for key in parts.find():
+        parts.remove(key)
+    if not parts.s3:
+        Path(parts.path("")).rmdir()
 
-    whole = parts[0].parent / f"whole{Path(output).suffix}"
-    write(whole)
-    folder, _, name = output.rpartition("/")
-    place = folder or ("/" if output.startswith("/") else ".")
-    Store(place, credentials="environment").write(name, whole.read_bytes())
-    shutil.rmtree(whole.parent)
-
-# %% ../nbs/22_cli.ipynb #22-035
+# %% ../nbs/22_cli.ipynb #22-034
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -757,7 +749,7 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0
 
-# %% ../nbs/22_cli.ipynb #22-036
+# %% ../nbs/22_cli.ipynb #22-035
 #| eval: false
 if __name__ == "__main__":
     sys.exit(main())

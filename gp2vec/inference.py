@@ -5,6 +5,7 @@
 # %% ../nbs/18_inference.ipynb #18-003
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections import Counter
@@ -21,7 +22,7 @@ from obspy.core import event as quakeml
 from safetensors.numpy import load_file, save_file
 from sklearn.covariance import LedoitWolf
 
-from .data.archive import read_table, write_table
+from .data.archive import read_table, store_of, write_table
 from .data.datapipes import METADATA_KEYS, window_metadata
 from gp2vec.data.preprocessing import (
     MAX_FACTOR,
@@ -460,18 +461,11 @@ class Picks:
 
     def write(
         self,
-        path: str | os.PathLike,  # `.csv`, `.parquet`, or `.xml` for QuakeML
+        path: str | os.PathLike,  # `.csv`, `.parquet`, or `.xml` for QuakeML, in a folder or on S3
     ) -> None:
         "Save the picks in the form that the name ends in; what was there is replaced."
-        name = os.fspath(path)
-        if name.endswith(".parquet"):
-            write_table(self.table, name)
-        elif name.endswith(".csv"):
-            self.to_dataframe().to_csv(name, index=False)
-        elif name.endswith(".xml"):
-            self.to_catalog().write(name, format="QUAKEML")
-        else:
-            raise ValueError(f"expected a name that ends in .csv, .parquet or .xml (QuakeML), got {name!r}")
+        store, name = store_of(path)
+        store.write(name, _as_file(self, name))
 
     def to_catalog(self) -> quakeml.Catalog:  # one event that holds every pick
         "The picks as ObsPy keeps them; which of them belong to one earthquake is for an associator to say."
@@ -499,6 +493,20 @@ class Picks:
         return cls(_in_order(table, "time"), _in_order(detections, "starttime"), dict(rejects))
 
 # %% ../nbs/18_inference.ipynb #18-060
+def _as_file(picks: Picks, name: str) -> bytes:
+    "Picks in the form that a name ends in."
+    written = io.BytesIO()
+    if name.endswith(".parquet"):
+        picks.table.to_parquet(written, index=False)
+    elif name.endswith(".csv"):
+        picks.to_dataframe().to_csv(written, index=False)
+    elif name.endswith(".xml"):
+        picks.to_catalog().write(written, format="QUAKEML")
+    else:
+        raise ValueError(f"expected a name that ends in .csv, .parquet or .xml (QuakeML), got {name!r}")
+    return written.getvalue()
+
+# %% ../nbs/18_inference.ipynb #18-061
 def picks_of(
     picks: Iterable[tuple] = (),  # columns `PICK_TABLE`
     detections: Iterable[tuple] = (),  # columns `DETECTION_TABLE`
@@ -511,7 +519,7 @@ def picks_of(
     found = pd.DataFrame(list(detections), columns=list(DETECTION_TABLE)).astype(kinds)
     return Picks(_in_order(table, "time"), _in_order(found, "starttime"), dict(rejects or {}))
 
-# %% ../nbs/18_inference.ipynb #18-061
+# %% ../nbs/18_inference.ipynb #18-062
 def _in_order(table: pd.DataFrame, time: str) -> pd.DataFrame:
     return table.sort_values([time, "network", "station", "location", "band"], kind="stable", ignore_index=True)
 
@@ -529,7 +537,7 @@ def _quakeml_pick(row: Any) -> quakeml.Pick:
         comments=[quakeml.Comment(text=f"probability {row.probability:.3f}")],
     )
 
-# %% ../nbs/18_inference.ipynb #18-062
+# %% ../nbs/18_inference.ipynb #18-063
 def _stretches_above(curve: np.ndarray, threshold: float) -> np.ndarray:
     "First sample and sample after the last of each run at or above the threshold, (runs, 2)."
     return np.flatnonzero(np.diff(curve >= threshold, prepend=False, append=False)).reshape(-1, 2)
@@ -547,7 +555,7 @@ def _found(picker: Picker, part: Segment, curves: np.ndarray, thresholds: Sequen
     runs = _stretches_above(curves[-1], min(thresholds)).tolist()
     return picks, [(*codes, at(a), at(b), float(curves[-1, a:b].max())) for a, b in runs]
 
-# %% ../nbs/18_inference.ipynb #18-063
+# %% ../nbs/18_inference.ipynb #18-064
 def classify(
     picker: Picker,  # on any device; put back into its mode afterwards
     stream: Stream | Trace,  # records in counts: any stations, rates, gaps, order; left as it is
@@ -570,7 +578,7 @@ def classify(
         detections += runs
     return picks_of(picks, detections, _report(lost, f"{len(picks)} picks"))
 
-# %% ../nbs/18_inference.ipynb #18-077
+# %% ../nbs/18_inference.ipynb #18-078
 def as_seisbench(
     picker: Picker,  # in evaluation mode
     highpass: float = 1.0,  # corner, Hz, as the picker is used to
@@ -616,7 +624,7 @@ def as_seisbench(
     model.picker = picker
     return model.eval()
 
-# %% ../nbs/18_inference.ipynb #18-079
+# %% ../nbs/18_inference.ipynb #18-080
 @dataclass(eq=False)
 class Familiar:
     "Where vectors of good records lie, and how far off is unusual."

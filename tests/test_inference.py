@@ -92,35 +92,6 @@ def test_curves_of_the_command_are_those_of_the_function(archive, picker):
         assert len(other) == 1 and np.allclose(other[0].data, trace.data, atol=1e-5)
 
 
-def test_output_on_s3_leaves_nothing_behind(archive, s3_server, monkeypatch):
-    folder, _ = archive
-    s3_server.env(monkeypatch)
-    before = set(folder.iterdir())
-    for verb, ending in (("embed", "parquet"), ("annotate", "mseed"), ("classify", "csv")):
-        here, there = f"of-{verb}.{ending}", f"s3://private/out/of-{verb}.{ending}"
-        for output in (here, there):
-            done = command(folder, verb, "picker" if verb != "embed" else "gp2vec-tiny", "archive", "--output", output)
-            assert done.returncode == 0, done.stderr
-        assert (
-            Store("s3://private/out", credentials="environment").read(f"of-{verb}.{ending}")
-            == (folder / here).read_bytes()
-        )
-    assert {p.name for p in set(folder.iterdir()) - before} == {
-        "of-embed.parquet",
-        "of-annotate.mseed",
-        "of-classify.csv",
-    }
-
-
-def test_what_is_kept_belongs_to_the_weights():
-    "A name on a hub may come to mean other weights."
-    models = [GP2Vec(GP2VecConfig.preset("tiny")) for _ in range(2)]
-    names = [
-        cli._Work("embed", "someone/model", "", {}, cli._digest(m)).name("some.mseed") for m in (*models, models[0])
-    ]
-    assert names[0] == names[2] != names[1]
-
-
 def test_the_shipped_model_embeds_by_its_name(archive):
     folder, stream = archive
     done = command(folder, "embed", "gp2vec-tiny", "archive", "--output", "tiny.parquet")
@@ -140,16 +111,74 @@ def test_a_shipped_picker_works_and_its_files_are_what_counts(archive, picker, m
     assert len(Picks.read("named.parquet")) > 10
     Path("stations.parquet").write_bytes(b"some")
 
-    def name(model="shipped", stations="stations.parquet", verb="classify", **options):
-        return cli._Work(verb, model, stations, options).name("named.mseed")
+    def name(model="shipped", stations="stations.parquet", verb="classify", threshold=None):
+        return cli._Work(verb, model, stations, threshold).stamped().name("named.mseed")
 
     first = name()
     assert name() == first == name(str(folder / "zoo" / "shipped"))
-    assert len({first, name(stations=""), name(verb="annotate"), name(threshold=0.5), name("picker")}) == 5
+    torch.manual_seed(1)
+    Picker(GP2Vec(picker.model.config), picker.config).save_pretrained("other")
+    assert len({first, name(stations=""), name(verb="annotate"), name(threshold=0.5), name("other")}) == 5
     for changed in ("zoo/shipped/config.json", "stations.parquet", "named.mseed"):
         before = name()
         Path(changed).write_bytes(Path(changed).read_bytes() + b" ")
         assert name() != before, changed
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda model, file: str(folder / "zoo" / "shipped" / file))
+    for file in ("config.json", "model.safetensors"):
+        before = name("owner/name")
+        Path("zoo/shipped", file).write_bytes(Path("other", file).read_bytes())
+        assert name("owner/name") != before, "a name on the Hub is worth what it stands for"
+
+
+def test_weights_that_were_replaced_are_not_gone_on_from(archive, picker, monkeypatch):
+    "Not even where the files have the size and the time of those before, and the process is the same."
+    folder, stream = archive
+    monkeypatch.chdir(folder)
+    seen = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = GP2Vec(picker.model.config)
+        model.save_pretrained("model")
+        for file in Path("model").iterdir():
+            os.utime(file, (0, 0))
+        assert cli.main(["embed", "model", "archive", "--output", "replaced.parquet", "--quiet"]) == 0
+        seen.append(cli._Work("embed", "model").stamped().name(str(folder / "picker" / "config.json")))
+        assert np.allclose(Embeddings.read("replaced.parquet").vectors, embed(model, stream).vectors, atol=1e-4)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(
+    ("verb", "end"), [("embed", "parquet"), ("annotate", "mseed"), ("classify", "csv"), ("classify", "xml")]
+)
+def test_outputs_on_s3_are_resumed_and_leave_nothing_else(archive, picker, verb, end, s3_server, monkeypatch):
+    folder, _ = archive
+    s3_server.env(monkeypatch)
+    monkeypatch.chdir(folder)
+    model = "picker"
+    if verb == "embed":
+        model = "model"
+        picker.model.save_pretrained(model)
+    here, output = set(folder.rglob("*")), f"s3://private/{verb}-{end}/out.{end}"
+    words, store = (
+        [verb, model, "archive", "--output", output, "--quiet"],
+        Store(f"s3://private/{verb}-{end}", credentials="environment"),
+    )
+    do, given = cli._do, []
+
+    def stops(work, unit, parts, key):
+        given.append(key)
+        if len(given) == 3:
+            raise OSError("the machine is gone")
+        return do(work, unit, parts, key)
+
+    monkeypatch.setattr(cli, "_do", stops)
+    store.write(f"out.{end}.parts.txt", b"another's")
+    assert cli.main(words) == 2 and len(store.find(f"out.{end}.parts/")) == 2
+    assert cli.main(words) == 0 and len(given) == 4 and given[2] == given[3], "only what was missing is done"
+    assert set(store.find()) == {f"out.{end}", f"out.{end}.parts.txt"} and set(folder.rglob("*")) == here
+    assert cli.main([*words[:4], f"local.{end}", "--quiet"]) == 0
+    assert store.read(f"out.{end}") == Path(f"local.{end}").read_bytes() or end in ("parquet", "xml")
+    assert not Path(f"local.{end}.parts").exists() and len(store.read(f"out.{end}")) > 1000
 
 
 def test_embeddings_as_an_array_with_labels():

@@ -46,8 +46,8 @@ from fsspec.implementations.local import LocalFileSystem
 # %% auto #0
 __all__ = ['DAY', 'LAYOUTS', 'CREDENTIALS', 'EARTHSCOPE_ROLE', 'MANIFEST_COLUMNS', 'parse_time', 'Bucket', 'Layout', 'recognise',
            'Retry', 'Place', 'Store', 'Cache', 'Archive', 'as_manifest', 'write_archive', 'record_index',
-           'read_records', 'refine_manifest', 'build_manifest', 'write_table', 'read_table', 'write_manifest',
-           'read_manifest', 'extend_manifest']
+           'read_records', 'refine_manifest', 'build_manifest', 'store_of', 'write_table', 'read_table',
+           'write_manifest', 'read_manifest', 'extend_manifest']
 
 # %% ../../nbs/01_data.archive.ipynb #01-008
 _logger = logging.getLogger(__name__)
@@ -1596,6 +1596,19 @@ def build_manifest(
     return refine_manifest(archive, manifest, channels, progress=progress) if refine else manifest
 
 # %% ../../nbs/01_data.archive.ipynb #01-091
+def store_of(
+    path: str | os.PathLike,  # of a file, on S3 or in a folder; one that ends in / is a folder
+    *,
+    credentials: str = "environment",  # as in `Store`
+    endpoint_url: str | None = None,  # as in `Archive`
+) -> tuple[Store, str]:  # the folder; the key of the file in it, empty for a folder
+    "Where a file lies that is read or written through a `Store`."
+    path = os.fspath(path)
+    folder, _, name = path.rpartition("/")
+    place = folder or ("/" if path.startswith("/") else ".")
+    return Store(place, credentials=credentials, endpoint_url=endpoint_url), name
+
+# %% ../../nbs/01_data.archive.ipynb #01-094
 def write_table(
     table: pd.DataFrame,  # any table
     path: str | os.PathLike,  # `….parquet`, on S3 or in a folder
@@ -1635,14 +1648,12 @@ def _to_parquet(table: pd.DataFrame, listed: Sequence[dict] = ()) -> bytes:
 
 def _table_place(path: str | os.PathLike, credentials: str, endpoint_url: str | None) -> tuple[Store, str]:
     "The store of a table and the key of its one file; an empty key for a folder."
-    path = os.fspath(path)
-    folder, _, name = path.rpartition("/")
+    store, name = store_of(path, credentials=credentials, endpoint_url=endpoint_url)
     if name and not name.endswith(".parquet"):
-        raise ValueError(f"expected a path that ends in .parquet (one file) or / (a folder), got {path!r}")
-    place = folder or ("/" if path.startswith("/") else ".")
-    return Store(place, credentials=credentials, endpoint_url=endpoint_url), name
+        raise ValueError(f"expected a path that ends in .parquet (one file) or / (a folder), got {os.fspath(path)!r}")
+    return store, name
 
-# %% ../../nbs/01_data.archive.ipynb #01-093
+# %% ../../nbs/01_data.archive.ipynb #01-096
 _PARTS_FILE = "_manifest.json"
 
 
@@ -1679,7 +1690,7 @@ def _load_manifest(store: Store, name: str) -> tuple[pd.DataFrame, list[dict]]:
                 raise
     raise AssertionError
 
-# %% ../../nbs/01_data.archive.ipynb #01-094
+# %% ../../nbs/01_data.archive.ipynb #01-097
 def write_manifest(
     table: pd.DataFrame,  # manifest
     path: str | os.PathLike,  # `….parquet`: one file; `…/`: a file per network and year; on S3 or in a folder
@@ -1702,7 +1713,7 @@ def read_manifest(
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a manifest, got nothing; write one with write_manifest") from error
 
-# %% ../../nbs/01_data.archive.ipynb #01-097
+# %% ../../nbs/01_data.archive.ipynb #01-100
 _SETTLED = 7 * DAY
 
 
@@ -1736,7 +1747,7 @@ def _and(listed: list[dict], question: dict) -> list[dict]:
             apart.append(entry)
     return [*apart, question]
 
-# %% ../../nbs/01_data.archive.ipynb #01-098
+# %% ../../nbs/01_data.archive.ipynb #01-101
 def _identity(table: pd.DataFrame) -> pd.Series:
     "What an object is: where it lies, and which bytes."
     return table["url"] + "|" + table["byte_size"].astype("string") + "|" + table["etag"].fillna("")
@@ -1773,7 +1784,7 @@ def _joined(kept: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
     best = table["version"].groupby(table["url"].str.replace(r"#\d+$", "", regex=True)).transform("max")
     return table[(table["version"].isna() | (table["version"] == best)).to_numpy(bool)].reset_index(drop=True)
 
-# %% ../../nbs/01_data.archive.ipynb #01-099
+# %% ../../nbs/01_data.archive.ipynb #01-102
 def extend_manifest(
     path: str | os.PathLike,  # manifest, as given to `write_manifest`; made where there is none
     archive: Archive | str | os.PathLike,  # archive or its URL
