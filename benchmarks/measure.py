@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PACKAGES = ("gp2vec", "numpy", "scipy", "torch", "numba", "obspy", "pymseed", "webdataset")
 
@@ -60,13 +60,19 @@ def parser(
     return made
 
 
-def _once(side: Callable[[], Any]) -> tuple[float, float]:
+class Timed(NamedTuple):
+    "What a side gives that has measured itself: in other processes, or without its start."
+
+    result: Any
+    cpu: float  # s
+    wall: float  # s
+
+
+def _once(side: Callable[[], Any]) -> Timed:
     gc.collect()
     wall, cpu = time.perf_counter(), cpu_time()
     result = side()
-    spent = cpu_time() - cpu, time.perf_counter() - wall
-    del result
-    return spent
+    return result if isinstance(result, Timed) else Timed(result, cpu_time() - cpu, time.perf_counter() - wall)
 
 
 def compare(
@@ -80,12 +86,12 @@ def compare(
     "Run each side once for the gate and to warm up, then `rounds` times in turn; print and return medians and ratios."
     load = os.getloadavg()[0]
     print(row, flush=True)
-    holds = gate({name: side() for name, side in sides.items()}) if gate else ""
+    holds = gate({name: _once(side).result for name, side in sides.items()}) if gate else ""
     print(f"  gate: {holds or 'none'}", flush=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for done in range(rounds):
         for name, side in sides.items():
-            times[name].append(_once(side))
+            times[name].append(_once(side)[1:])
         print(f"  round {done + 1}: CPU {', '.join(f'{spent[-1][0]:.4f}' for spent in times.values())} s", flush=True)
     result: dict[str, Any] = {"row": row, "gate": holds, "rounds": rounds, "load": [load, os.getloadavg()[0]]}
     result |= {"machine": machine(), "versions": versions(), "sides": {}} | more

@@ -6,14 +6,16 @@ First row, `tiny`, one thread: `Pretraining` under Lightning, with what watches 
 same on one batch that is always there; and a loop with nothing but forward, backward, clipping and the optimiser's
 step on that batch. The data path should not cost more than a twentieth of the bare loop's speed, Lightning and we
 together not more than 3 %. Second row: as many steps by two processes (gloo, one thread each); twice as many, the same
-windows, by one; and two runs that know nothing of each other, which is the best that two processes can do here. It
-wants two quiet cores. The processes have been started and warmed up before.
+windows, by one; and two runs that know nothing of each other, which is the best that two processes can do here. Their
+clocks start after two steps, when processes have found each other and dealt out their gradients. It wants two quiet
+cores.
 """
 
 import copy
 import logging
 import os
 import tempfile
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -37,6 +39,7 @@ from gp2vec.train.callbacks import CollapseAlarm, Guard, Throughput
 from gp2vec.train.pretraining import Pretraining, TrainConfig, WindowData, build_optimizer, questions, rate_factor
 
 CLIP = 1.0
+FIRST = 2  # steps before the clocks of processes start
 
 
 class Again:
@@ -62,13 +65,15 @@ class Ready(WindowData):
 
 
 class Losses(pl.Callback):
-    "The loss of every step."
+    "The loss of every step, and when it was done by CPU and wall, s."
 
     def __init__(self) -> None:
         self.found: list[torch.Tensor] = []
+        self.times: list[tuple[float, float]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.found.append(outputs["loss"].detach())
+        self.times.append((time.process_time(), time.perf_counter()))
 
 
 def fresh(steps: int, calibration: tuple[torch.Tensor, torch.Tensor] | None = None) -> Pretraining:
@@ -80,8 +85,8 @@ def fresh(steps: int, calibration: tuple[torch.Tensor, torch.Tensor] | None = No
     return task
 
 
-def learn(task: Pretraining, data: WindowData, steps: int, folder: Path, **options: Any) -> list[float]:
-    "Losses of a run under Lightning with what watches it."
+def learn(task: Pretraining, data: WindowData, steps: int, folder: Path, **options: Any) -> Losses:
+    "A run under Lightning with what watches it."
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     notes = Losses()
@@ -92,7 +97,7 @@ def learn(task: Pretraining, data: WindowData, steps: int, folder: Path, **optio
         limit_val_batches=0, reload_dataloaders_every_n_epochs=1, **options,
     )  # fmt: skip
     trainer.fit(task, data)
-    return [float(loss) for loss in notes.found]
+    return notes
 
 
 def bare(task: Pretraining, batch: dict[str, Any], keys: list[int], steps: int) -> list[float]:
@@ -126,7 +131,7 @@ def from_shards(dataset: ShardDataset, folder: Path, steps: int, options: Any) -
     keys = sample_keys(template.config.seed, 0, batch["starttime"], batch["id"]).tolist()
 
     def lightning(data: WindowData) -> list[float]:
-        return learn(fresh(steps, calibration), data, steps, folder)
+        return [float(loss) for loss in learn(fresh(steps, calibration), data, steps, folder).found]
 
     sides = {
         "gp2vec from shards": lambda: lightning(WindowData(dataset, val, options.batch)),
@@ -148,17 +153,20 @@ def from_shards(dataset: ShardDataset, folder: Path, steps: int, options: Any) -
     return calibration
 
 
-def process(rank: int | str, port: int, url: str, steps: int, batch: int, calibration: Any, folder: Path) -> float:
-    "A run in this process, alone or one of two; the sum of its weights."
+def process(
+    rank: int | str, port: int, url: str, steps: int, batch: int, calibration: Any, folder: Path
+) -> tuple[float, float, float]:
+    "A run in this process, alone or one of two: the sum of its weights, CPU and wall time after its first steps, s."
     torch.set_num_threads(1)
     data = WindowData(ShardDataset(url), ShardDataset(url, shuffle=False), batch)
     options: dict[str, Any] = {}
     if isinstance(rank, int):
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         options = {"devices": 2, "strategy": "ddp"}
-    task = fresh(steps, calibration)
-    learn(task, data, steps, folder / str(rank), **options)
-    return float(sum(p.detach().double().sum() for p in task.parameters()))
+    task = fresh(FIRST + steps, calibration)
+    times = learn(task, data, FIRST + steps, folder / str(rank), **options).times
+    cpu, wall = (last - first for first, last in zip(times[FIRST - 1], times[-1], strict=True))
+    return float(sum(p.detach().double().sum() for p in task.parameters())), cpu, wall
 
 
 def two_processes(url: str, folder: Path, steps: int, calibration: Any, options: Any, stack: ExitStack) -> None:
@@ -167,16 +175,18 @@ def two_processes(url: str, folder: Path, steps: int, calibration: Any, options:
     names: tuple[int | str, ...] = (0, 1, "alone", "beside")
     pools = {rank: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for rank in names}
 
-    def run(ranks: tuple[int | str, ...], steps: int) -> list[float]:
+    def run(ranks: tuple[int | str, ...], steps: int) -> measure.Timed:
         work = (with_port, url, steps, options.batch, calibration, folder)
-        return [future.result() for future in [pools[rank].submit(process, rank, *work) for rank in ranks]]
+        done = [future.result() for future in [pools[rank].submit(process, rank, *work) for rank in ranks]]
+        weights, cpu, wall = zip(*done, strict=True)
+        return measure.Timed(weights, sum(cpu), max(wall))
 
-    def gate(results: dict[str, list[float]]) -> str:
+    def gate(results: dict[str, tuple[float, ...]]) -> str:
         first, second = results["two processes"]
         assert first == second, (first, second)
-        return f"both processes end with the same weights after {steps} steps of {options.batch} windows each"
+        return f"both processes end with the same weights after {FIRST + steps} steps of {options.batch} windows each"
 
-    run((0, 1), 2), run(("alone", "beside"), 2)
+    run((0, 1), 1), run(("alone", "beside"), 1)
     sides = {
         "two processes": lambda: run((0, 1), steps),
         "one process": lambda: run(("alone",), 2 * steps),
