@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import OmegaConf
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.neighbors import KNeighborsRegressor
@@ -719,6 +720,7 @@ def plot_results(
     left.set(yticks=place, yticklabels=rows.arm, ylim=(-0.6, len(rows) - 0.4))
     left.set_xlabel(f"{metric} of {task}\n95 % interval over events")
     right.set_xlabel(f"gain in {metric} of {task}\nover {CONTROL}")
+    right.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-056
@@ -776,7 +778,7 @@ def plot_residuals(
     figure: Figure | None = None,  # drawn into; None makes one
 ) -> Figure:  # a panel per phase
     "Histograms of pick minus onset, for picks above the threshold that are right to 0.5 s."
-    figure = figure or Figure(figsize=(9, 3.2), layout="constrained")
+    figure = figure or Figure(figsize=(9, 3.8), layout="constrained")
     axes, bins = figure.subplots(1, 2, sharey=True), np.linspace(-0.5, 0.5, 51)
     for axis, phase in zip(axes, ("P", "S"), strict=True):
         for arm, group in picks[(picks.phase == phase) & (picks.probability >= picks.threshold)].groupby(
@@ -790,10 +792,10 @@ def plot_residuals(
                     bins,
                     weights=weight,
                     histtype="step",
-                    label=f"{arm}: {len(right)} picks, median {right.abs().median():.3f} s",
+                    label=f"{arm}: {len(right)} right, median {right.abs().median():.3f} s",
                 )
         axis.set(xlabel=f"{phase} pick minus onset (s)")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     axes[0].set_ylabel("share of right picks")
     return figure
 
