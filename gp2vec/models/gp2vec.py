@@ -406,6 +406,7 @@ PRESETS = {
     "tiny": GP2VecConfig(
         embed_dim=192,
         objective="masked_prediction",
+        mask_span=0.4,
         feature_penalty=0.0,
         feature_encoder=_light(128),
         quantizer=_frozen(),
