@@ -517,7 +517,9 @@ def evaluate(
         "stations": len(stations),
         "split": split,
     }
-    return pd.concat([parts, result], axis=1).assign(task=task.name, **rests)[list(RESULT_COLUMNS)]
+    found = pd.concat([parts, result], axis=1).assign(task=task.name, **rests)[list(RESULT_COLUMNS)]
+    same = ["protocol", "arm", "labels", "metric"]  # small shares of few labels are the fewest that can be learned from
+    return found.drop_duplicates(same, ignore_index=True)
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-037
 def noise_only(
