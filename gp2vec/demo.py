@@ -71,7 +71,10 @@ class DemoConfig:
     def __post_init__(self):
         "Refuse a run without a step."
         if self.steps < 1 or self.batch_size < 1 or not self.max_hours > 0:
-            raise ValueError(f"the demo needs one step or more, and positive sizes; got {self}")
+            raise ValueError(
+                "the demo needs steps and batch_size of 1 or more and max_hours above 0, not "
+                f"{self.steps}, {self.batch_size} and {self.max_hours:g}"
+            )
 
     @property
     def data(self) -> DataConfig:
