@@ -27,38 +27,28 @@ def main():
     torch.set_num_threads(1)
     seconds = 60.0 * args.minutes
     stream = synthetic_network(SyntheticConfig(stations=1, events=args.minutes // 2, duration=seconds)).stream
+    peer = {}
+    try:
+        from seisbench.models import PhaseNet
+
+        phasenet = PhaseNet(phases="PSN").eval()
+        peer["PhaseNet"] = lambda: phasenet.annotate(stream)
+    except ImportError:
+        print("PhaseNet: not measured, seisbench is not installed")
     for preset in args.presets:
         torch.manual_seed(0)
         picker = Picker(GP2Vec(GP2VecConfig.preset(preset))).eval()
         half = copy.deepcopy(picker).bfloat16()
         side = PreprocessingConfig(window_length=30.0, overlap=0.0)
         sides = {
-            f"{preset} bfloat16": lambda p=half: annotate(p, stream),
-            f"{preset} float32": lambda p=picker: annotate(p, stream),
-            f"{preset} bfloat16, no overlap": lambda p=half, c=side: annotate(p, stream, c, blinding=0.0),
+            "gp2vec bfloat16": lambda p=half: annotate(p, stream),
+            "gp2vec float32": lambda p=picker: annotate(p, stream),
+            "gp2vec bfloat16, no overlap": lambda p=half, c=side: annotate(p, stream, c, blinding=0.0),
         }
-        row = compare(f"annotate, {preset}, {args.minutes} minutes", sides, args.rounds, _gate, args.json)
-        _say(row, seconds)
-    try:
-        from seisbench.models import PhaseNet
-    except ImportError:
-        print("PhaseNet: not measured, seisbench is not installed")
-        return
-    torch.manual_seed(0)
-    phasenet = PhaseNet(phases="PSN").eval()
-    row = compare(
-        "annotate, PhaseNet's architecture",
-        {"PhaseNet": lambda: phasenet.annotate(stream)},
-        args.rounds,
-        None,
-        args.json,
-    )
-    _say(row, seconds)
-
-
-def _say(row, seconds):
-    for name, side in row["sides"].items():
-        print(f"  {name}: {seconds / side['cpu']:.0f} x real time per core")
+        name = f"annotate, {preset}, {args.minutes} minutes"
+        row = compare(name, sides | peer, args.rounds, _gate, args.json, seconds=seconds)
+        for name, side in row["sides"].items():
+            print(f"  {name}: {seconds / side['cpu']:.0f} x real time per core")
 
 
 def _gate(made):

@@ -515,8 +515,9 @@ def annotate(
     work = _Work("annotate", picker, stations)
     parts, keys = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
     store, name = store_of(output)
-    with store.fs.open(store.path(name), "wb") as file:  # records of miniSEED may follow each other in any order
-        size = sum(file.write(parts.read(key)) for key in keys)
+    with store.fs.open(store.path(name), "wb", autocommit=False) as file:
+        size = sum(file.write(parts.read(key)) for key in keys)  # records of miniSEED may follow in any order
+    file.commit()
     _remove(parts)
     console.print(f"{output}: {size / 1e6:.1f} MB of curves")
 

@@ -1,5 +1,6 @@
 """Annotate, classify, real time and the commands as a user meets them: processes, kills, real days, SeisBench."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import obspy
 import pandas as pd
 import pytest
 import torch
@@ -179,6 +181,28 @@ def test_outputs_on_s3_are_resumed_and_leave_nothing_else(archive, picker, verb,
     assert cli.main([*words[:4], f"local.{end}", "--quiet"]) == 0
     assert store.read(f"out.{end}") == Path(f"local.{end}").read_bytes() or end in ("parquet", "xml")
     assert not Path(f"local.{end}.parts").exists() and len(store.read(f"out.{end}")) > 1000
+
+
+@pytest.mark.parametrize("place", ["curves", "s3://private/curves"])
+def test_curves_are_replaced_whole_or_not_at_all(archive, picker, place, s3_server, monkeypatch):
+    folder, _ = archive
+    s3_server.env(monkeypatch)
+    monkeypatch.chdir(folder)
+    store, read, parts = Store(place, credentials="environment"), Store.read, []
+    store.write("out.mseed", b"the curves of before")
+
+    def lost(self, key, *rest):
+        if ".parts" in self.path(key):
+            parts.append(key)
+            if len(parts) == 2:
+                raise OSError("the disk is gone")
+        return read(self, key, *rest)
+
+    monkeypatch.setattr(Store, "read", lost)
+    words = ["annotate", "picker", "archive", "--output", f"{place}/out.mseed", "--quiet"]
+    assert cli.main(words) == 2 and store.read("out.mseed") == b"the curves of before"
+    assert cli.main(words) == 0 and set(store.find()) == {"out.mseed"}
+    assert len(obspy.read(io.BytesIO(store.read("out.mseed")))) == 9
 
 
 def test_embeddings_as_an_array_with_labels():
