@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from gp2vec.models.conditioning import (
 )
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
 from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
+from gp2vec.models.quantizer import QuantizerConfig
 from gp2vec.models.transformer import ContextConfig
 
 EVERYTHING = tuple(name for group in FIELDS for name in group)
@@ -61,7 +61,7 @@ def model_of(config: ConditioningConfig, objective: str = "contrastive") -> GP2V
             embed_dim=24,
             objective=objective,
             feature_encoder=EncoderConfig(conv_layers=(ConvLayer(16, 11, 4), ConvLayer(16, 5, 2))),
-            quantizer=replace(GP2VecConfig().quantizer, codebook_size=8, codevector_dim=8),
+            quantizer=QuantizerConfig(codebook_size=8, codevector_dim=8),
             context_encoder=ContextConfig(num_layers=2, num_heads=2, conv_pos=8, conv_pos_groups=2, dropout=0.0),
             conditioning=config,
         )

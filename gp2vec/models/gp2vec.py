@@ -349,7 +349,9 @@ class GP2VecConfig:
     feature_grad_mult: float = 0.1  # factor on the gradient that reaches the feature encoder
     spectrogram: float = 0.0  # window of a log-spectrogram branch added to the frames, seconds; 0: no such branch
     feature_encoder: EncoderConfig = field(default_factory=EncoderConfig)  # convolutions
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)  # targets
+    quantizer: QuantizerConfig = QuantizerConfig(  # targets; `QuantizerConfig()` is wav2vec 2.0's own
+        "random_projection", num_codebooks=1, codebook_size=512, codevector_dim=16
+    )
     context_encoder: ContextConfig = field(default_factory=ContextConfig)  # transformer
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)  # station metadata
     tasks: TasksConfig = field(default_factory=TasksConfig)  # what else to tell, or to make impossible to tell
@@ -398,10 +400,6 @@ def _light(channels):
     return EncoderConfig(conv_layers=tuple(ConvLayer(channels, kernel, 2) for kernel in (11, 7, 5)))
 
 
-def _frozen():
-    return QuantizerConfig("random_projection", num_codebooks=1, codebook_size=512, codevector_dim=16)
-
-
 PRESETS = {
     "tiny": GP2VecConfig(
         embed_dim=192,
@@ -409,13 +407,11 @@ PRESETS = {
         mask_span=0.4,
         feature_penalty=0.0,
         feature_encoder=_light(128),
-        quantizer=_frozen(),
         context_encoder=ContextConfig(num_layers=4, num_heads=6, conv_pos=32, dropout=0.0),
     ),
     "small": GP2VecConfig(
         embed_dim=256,
         feature_encoder=_light(256),
-        quantizer=_frozen(),
         context_encoder=ContextConfig(num_layers=6, num_heads=8, conv_pos=32),
     ),
     "base": GP2VecConfig(),
