@@ -137,7 +137,7 @@ WRONG = {
     # what does not fit together, or cannot be
     "model.context_encoder.num_heads=7": "num_heads=7 does not divide embed_dim=768; 6 does",
     "model.quantizer.num_codebooks=3": "does not divide into 3 codebooks",
-    "model.objective=masked_prediction": "it predicts the names of codes alone",
+    "model.objective=masked_prediction model.quantizer.type=gumbel": "it predicts the names of codes alone",
     "data.processing.window_length=2": "at least 2 spans",
     "model.sampling_rate=40": "data.processing.sampling_rate=100 Hz, not 40 Hz",
     "model.feature_encoder.in_channels=1": "Z, N and E",

@@ -839,12 +839,12 @@ def _gain_curve(found, table: pd.DataFrame, resamples: int, seed: int) -> pd.Dat
 
 def _gain_verdict(curve: pd.DataFrame) -> str:
     "What the curve says, in words."
-    last, first = curve.iloc[-1], curve[curve.arm == "adapted"].iloc[0]
+    last, fewer = curve.iloc[-1], curve[curve.arm == "adapted"].iloc[-2:].iloc[0]
     before = curve[curve.events == 0].sort_values("score").iloc[-1]
     span = f"F1 at 0.1 s {last.gain:+.2f}, 95 % interval {last.gain_low:+.2f} to {last.gain_high:+.2f}"
     if last.gain_low <= 0:
         how = "is worse than" if last.gain_high < 0 else "cannot be told from"
         return f"Do not bother: with {last.events} events the picker {how} {before.arm} ({span})."
-    slope = last.score - first.score
+    slope = last.score - fewer.score
     more = "more labels would help" if slope > 0.03 else "more labels would help little"
     return f"Worth it: with {last.events} events the picker is better than {before.arm} ({span}); {more}."
