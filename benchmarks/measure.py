@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGES = ("gp2vec", "numpy", "scipy", "torch", "numba", "obspy", "pymseed", "webdataset")
+PACKAGES = "gp2vec numpy scipy torch transformers seisbench numba obspy pymseed webdataset".split()
 
 
 def cpu_time() -> float:
