@@ -21,8 +21,8 @@ _fine = ((512, 11, 2), (512, 5, 2), (512, 5, 1))  # T = 742
 # width, layers, heads, feed-forward, convolutions, kernel of the positions
 SHAPES = {
     "seislm": (240, 6, 12, 3072, ((256, 3, 2), (256, 3, 2)), 128),
-    "small": (256, 6, 8, 1024, _light, 32),
-    "small149": (256, 6, 8, 1024, tuple((256, *c[1:]) for c in _peers), 32),
+    "small": (256, 6, 4, 1024, _light, 32),
+    "small149": (256, 6, 4, 1024, tuple((256, *c[1:]) for c in _peers), 32),
     "base149": (768, 12, 12, 3072, _peers, 128),
     "base": (768, 12, 12, 3072, _fine, 128),
 }

@@ -412,7 +412,7 @@ PRESETS = {
     "small": GP2VecConfig(
         embed_dim=256,
         feature_encoder=_light(256),
-        context_encoder=ContextConfig(num_layers=6, num_heads=8, conv_pos=32),
+        context_encoder=ContextConfig(num_layers=6, num_heads=4, conv_pos=32),
     ),
     "base": GP2VecConfig(),
     "large": GP2VecConfig(embed_dim=1024, context_encoder=ContextConfig(num_layers=24, num_heads=16)),
