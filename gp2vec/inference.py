@@ -319,7 +319,7 @@ def window_curves(
     segment: Segment,  # prepared
     config: PreprocessingConfig,  # says how long windows are
     starts: np.ndarray,  # first samples of the windows, (n,)
-    batch_size: int = 8,  # windows at a time
+    batch_size: int = 4,  # windows at a time
 ) -> Iterator[tuple[int, np.ndarray]]:  # number of the window; its curves, (curves, N)
     "What a picker says of windows, in order; those without a living component, or with a NaN, are left out."
     grid = window_grid(segment.data.shape[1], segment.component_mask, segment.flaws, config, starts)
@@ -411,7 +411,7 @@ def annotate(
     config: PreprocessingConfig | None = None,  # None: the picker's windows, each of which repeats a quarter
     lookup: Any = None,  # a `StationMetadataManager` or its `lookup`, for epochs and gains; None: neither
     blinding: float = 1 / 15,  # share of a window at either end that does not count
-    batch_size: int = 8,  # windows at a time
+    batch_size: int = 4,  # windows at a time
 ) -> Stream:  # channels `GP2Vec_P`, `GP2Vec_S`, `GP2Vec_Detection`, float32 from 0 to 1, at the picker's rate
     "Probability of each phase, and of either, at every sample but the blinded ends of gap-free stretches."
     out, lost = Stream(), list[Reject]()
@@ -563,7 +563,7 @@ def classify(
     lookup: Any = None,  # as of `annotate`
     thresholds: Sequence[float] | None = None,  # least probability of a pick, one per phase; None: the picker's own
     blinding: float = 1 / 15,  # as of `annotate`
-    batch_size: int = 8,  # windows at a time
+    batch_size: int = 4,  # windows at a time
 ) -> Picks:  # in order of time; none where nothing was found
     "Times of P and S waves, to a fraction of a sample."
     thresholds = tuple(thresholds or picker.config.thresholds)
