@@ -15,11 +15,11 @@ from gp2vec.models.transformer import attention_kernel, attention_weights
 # windows, frames, heads, width of a head
 SHAPES = {
     "base, T 149": (8, 149, 12, 64),
-    "small": (4, 371, 8, 32),
+    "small": (4, 371, 4, 64),
     "base": (2, 742, 12, 64),
     "seisLM": (2, 749, 12, 20),
     "base, 60 s": (1, 1492, 12, 64),
-    "small, 240 s": (1, 2992, 8, 32),
+    "small, 240 s": (1, 2992, 4, 64),
 }
 
 
@@ -63,7 +63,7 @@ def main():
                         "sdpa": lambda q=qkv, m=mask, b=backward: step(fused, q, m, b),
                         "product": lambda q=qkv, m=mask, b=backward: step(plain, q, m, b),
                     }
-                    chosen = attention_kernel(args.device, dtype, frames, backward)
+                    chosen = attention_kernel(args.device, dtype, (windows, heads, frames, frames), backward)
                     sides = dict(sorted(sides.items(), key=lambda side: side[0] != chosen))
                     compare(f"attention, {what}", sides, args.rounds, out=args.json)
 

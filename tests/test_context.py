@@ -103,7 +103,7 @@ def test_the_choice_of_kernel_is_one_place(monkeypatch):
         assert torch.allclose(attend(q, k, v), weights(q, k) @ v, atol=1e-6)
         assert bool(calls) == (kernel == "product")
         monkeypatch.undo()
-    assert attention_kernel("cpu", torch.float32, 100, True) == "sdpa"
+    assert attention_kernel("cpu", torch.float32, (2, 4, 100, 100), True) == "sdpa"
 
 
 def test_rotary_attention_knows_distances_only():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'conv_layers_for', 'frame_mask', 'ChannelNorm', 'TimeNorm',
+__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'conv_layers_for', 'frame_mask', 'FrameConv', 'TimeNorm',
            'EncoderConfig', 'FeatureEncoder']
 
 # %% ../../nbs/06_models.encoder.ipynb #06-008
@@ -76,16 +76,20 @@ def frame_mask(
         lengths = ((lengths - layer.kernel_size) // layer.stride + 1).clamp_min(0)
     return torch.arange(frame_count(conv_layers, samples), device=lengths.device) < lengths[:, None]
 
-# %% ../../nbs/06_models.encoder.ipynb #06-021
-class ChannelNorm(nn.LayerNorm):
-    "Layer norm over the channels of each frame."
+# %% ../../nbs/06_models.encoder.ipynb #06-040
+class FrameConv(nn.Conv1d):
+    "A convolution over frames whose channels lie side by side in memory, as do those of the result."
 
     def forward(
         self,
-        x: Tensor,  # frames, (B, D, T)
-    ) -> Tensor:  # normalised frames, (B, D, T)
-        "Normalise each frame over its channels."
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        x: Tensor,  # frames, (B, T, C)
+    ) -> Tensor:  # frames, (B, T', D)
+        "Convolve an image of one row."
+        if x.device.type != "cpu":  # measured there only
+            return super().forward(x.mT).mT
+        row, weight, padding = x.mT[:, :, None], self.weight[:, :, None], int(self.padding[0])
+        y = F.conv2d(row, weight, self.bias, (1, *self.stride), (0, padding), (1, *self.dilation), self.groups)
+        return y[:, :, 0].mT
 
 # %% ../../nbs/06_models.encoder.ipynb #06-022
 class TimeNorm(nn.GroupNorm):
@@ -93,18 +97,18 @@ class TimeNorm(nn.GroupNorm):
 
     def forward(
         self,
-        x: Tensor,  # frames, (B, D, T)
+        x: Tensor,  # frames, (B, T, D)
         real: Tensor | None = None,  # which frames are real, (B, T) bool; None: all
-    ) -> Tensor:  # normalised frames, (B, D, T)
+    ) -> Tensor:  # normalised frames, (B, T, D)
         "Normalise each channel over the real frames of its window, in float32."
         if real is None:
-            return super().forward(x)
-        real, y = real[:, None], x.float()
-        count = real.sum(-1, keepdim=True).clamp_min(1)
-        mean = torch.where(real, y, 0).sum(-1, keepdim=True) / count
+            return super().forward(x.mT).mT
+        real, y = real[..., None], x.float()
+        count = real.sum(1, keepdim=True).clamp_min(1)
+        mean = torch.where(real, y, 0).sum(1, keepdim=True) / count
         y = torch.where(real, y - mean, 0)
-        y = y * (y.square().sum(-1, keepdim=True) / count + self.eps).rsqrt()
-        return (y * self.weight[:, None] + self.bias[:, None]).to(x.dtype)
+        y = y * (y.square().sum(1, keepdim=True) / count + self.eps).rsqrt()
+        return (y * self.weight + self.bias).to(x.dtype)
 
 # %% ../../nbs/06_models.encoder.ipynb #06-026
 @dataclass(frozen=True)
@@ -163,12 +167,12 @@ class FeatureEncoder(nn.Module):
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         channels = config.in_channels
         for i, layer in enumerate(config.conv_layers):
-            conv = nn.Conv1d(channels, layer.channels, layer.kernel_size, layer.stride, bias=config.bias)
+            conv = FrameConv(channels, layer.channels, layer.kernel_size, layer.stride, bias=config.bias)
             nn.init.kaiming_normal_(conv.weight)
             self.convs.append(conv)
             channels = layer.channels
             group = TimeNorm(channels, channels) if i == 0 else nn.Identity()
-            self.norms.append(ChannelNorm(channels) if config.norm == "layer" else group)
+            self.norms.append(nn.LayerNorm(channels) if config.norm == "layer" else group)
         self.missing = nn.Parameter(torch.zeros(config.in_channels, config.conv_layers[0].channels))
 
     def forward(
@@ -184,6 +188,7 @@ class FeatureEncoder(nn.Module):
             x = x.masked_fill((torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[:, None], 0)
         if component_mask is not None:
             x = x.masked_fill(~component_mask[:, :, None], 0)
+        x = x.mT.contiguous()
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
             told = i == 0 and component_mask is not None
@@ -196,7 +201,7 @@ class FeatureEncoder(nn.Module):
             if told and isinstance(norm, TimeNorm):  # which would take away what is the same at all times
                 x = x + self._missing(component_mask)
             x = F.gelu(x)
-        return x.transpose(1, 2)
+        return x
 
     def _missing(self, component_mask):
-        return ((~component_mask).to(self.missing.dtype) @ self.missing)[:, :, None]
+        return ((~component_mask).to(self.missing.dtype) @ self.missing)[:, None]

@@ -5,6 +5,8 @@
 # %% ../../nbs/08_models.transformer.ipynb #08-003
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+
+from .encoder import FrameConv
 
 # %% auto #0
 __all__ = ['ContextConfig', 'PositionalConv', 'rotation', 'rotate', 'attention_weights', 'attention_kernel', 'attend',
@@ -73,7 +77,7 @@ class PositionalConv(nn.Module):
         groups: int = 16,  # groups of channels; they divide D
     ):
         super().__init__()
-        conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=groups)
+        conv = FrameConv(dim, dim, kernel_size, padding=kernel_size // 2, groups=groups)
         nn.init.normal_(conv.weight, std=2 / (kernel_size * dim) ** 0.5)
         nn.init.zeros_(conv.get_parameter("bias"))
         self.conv = weight_norm(conv, dim=2)
@@ -83,7 +87,7 @@ class PositionalConv(nn.Module):
         x: Tensor,  # frames, (B, T, D)
     ) -> Tensor:  # what to add to them, (B, T, D)
         "Positions of the frames, as seen from their neighbours."
-        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+        return F.gelu(self.conv(x)[:, : x.shape[1]])
 
 # %% ../../nbs/08_models.transformer.ipynb #08-014
 def rotation(
@@ -120,13 +124,14 @@ def attention_weights(
 def attention_kernel(
     device: str,  # type of the device, such as "cpu" or "cuda"
     dtype: torch.dtype,  # of queries, keys and values
-    frames: int,  # keys to look at, S
+    weights: Sequence[int],  # shape of all weights, (B, heads, T, S)
     backward: bool,  # a backward pass will follow
 ) -> str:  # "sdpa": PyTorch's fused kernel; "product": plain batched products
     "The faster way to attend, as `benchmarks/attention.py` measured it on CPUs; elsewhere the fused kernel."
     if device != "cpu" or dtype != torch.bfloat16:
         return "sdpa"
-    return "product" if frames <= (1024 if backward else 256) else "sdpa"
+    few = weights[-1] <= 1024 if backward else math.prod(weights) <= 2**22  # 8 MiB
+    return "product" if few else "sdpa"
 
 # %% ../../nbs/08_models.transformer.ipynb #08-021
 def attend(
@@ -136,9 +141,9 @@ def attend(
     mask: Tensor | None = None,  # which keys may be looked at, bool, broadcast to (B, heads, T, S); None: all
     dropout: float = 0.0,  # share of weights dropped
 ) -> Tensor:  # mixed values, (B, heads, T, width)
-    "Mix values by attention, the faster way for device, type and length."
+    "Mix values by attention, the faster way for device, type and shape."
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if attention_kernel(q.device.type, q.dtype, k.shape[-2], backward) == "sdpa":
+    if attention_kernel(q.device.type, q.dtype, (*q.shape[:-1], k.shape[-2]), backward) == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return F.dropout(attention_weights(q, k, mask), dropout) @ v
 

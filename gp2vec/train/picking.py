@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..models.encoder import ChannelNorm, frame_geometry
+from ..models.encoder import FrameConv, frame_geometry
 from gp2vec.models.gp2vec import (
     GP2Vec,
     GP2VecConfig,
@@ -86,14 +86,13 @@ def upsample(
     samples: int,  # N
     stride: int,  # samples from frame to frame
     field: int,  # samples that a frame has seen
-) -> Tensor:  # (B, D, N)
+) -> Tensor:  # (B, N, D)
     "Values of frames at every sample, linear between the middles of frames, constant beyond the first and the last."
     place = (torch.arange(samples, device=frames.device) - (field - 1) / 2) / stride
     place = place.clamp(0, frames.shape[1] - 1)
     left = place.floor().long().clamp_max(max(frames.shape[1] - 2, 0))
     share = (place - left).to(frames.dtype)
-    x = frames.transpose(1, 2)
-    return torch.lerp(x[..., left], x[..., (left + 1).clamp_max(frames.shape[1] - 1)], share)
+    return torch.lerp(frames[:, left], frames[:, (left + 1).clamp_max(frames.shape[1] - 1)], share[:, None])
 
 # %% ../../nbs/16_train.picking.ipynb #16-011
 class PickHead(nn.Module):
@@ -108,14 +107,14 @@ class PickHead(nn.Module):
     ):
         super().__init__()
         self.frames = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        self.raw = nn.Conv1d(components, width, 15, padding=7)
+        self.raw = FrameConv(components, width, 15, padding=7)
         # Norms at every sample: the first wiggle of a P counts as much as the largest of the S behind it.
-        self.norms = nn.ModuleList(ChannelNorm(width) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.mix = nn.ModuleList(
-            nn.Conv1d(2 * width if i == 0 else width, width, 7, padding=3 * d, dilation=d)
+            FrameConv(2 * width if i == 0 else width, width, 7, padding=3 * d, dilation=d)
             for i, d in enumerate((1, 2, 4))
         )
-        self.score = nn.Conv1d(width, classes, 1)
+        self.score = FrameConv(width, classes, 1)
         with torch.no_grad():  # most samples are noise: no steps are spent on learning that
             self.score.bias[:] = torch.tensor([-2.0] * (classes - 1) + [2.0])  # type: ignore[index]
 
@@ -127,13 +126,13 @@ class PickHead(nn.Module):
         field: int,  # samples that a frame has seen
     ) -> Tensor:  # logits, (B, classes, N)
         "Score every sample."
-        raw = self.raw(waveforms)
-        raw = F.gelu(raw / raw.square().mean(1, keepdim=True).add(1e-4).sqrt())
-        x = torch.cat([upsample(self.frames(frames), waveforms.shape[-1], stride, field), raw], 1)
+        raw = self.raw(waveforms.mT.contiguous())
+        raw = F.gelu(raw / raw.square().mean(-1, keepdim=True).add(1e-4).sqrt())
+        x = torch.cat([upsample(self.frames(frames), waveforms.shape[-1], stride, field), raw], -1)
         for i, (mix, norm) in enumerate(zip(self.mix, self.norms, strict=True)):
             y = F.gelu(norm(mix(x)))
             x = y if i == 0 else x + y
-        return self.score(x)
+        return self.score(x).mT
 
 # %% ../../nbs/16_train.picking.ipynb #16-012
 class PickingNetwork(nn.Module):
