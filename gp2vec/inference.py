@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from obspy import Stream, Trace, UTCDateTime
 from obspy.core import event as quakeml
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from sklearn.covariance import LedoitWolf
 
 from .data.archive import read_table, store_of, write_table
@@ -674,7 +675,7 @@ class Familiar:
         path: str | os.PathLike,  # `.safetensors`
     ) -> None:
         "Save."
-        save_file({"mean": self.mean, "whitening": self.whitening, "limit": np.array([self.limit])}, path)
+        Path(path).write_bytes(save({"mean": self.mean, "whitening": self.whitening, "limit": np.array([self.limit])}))
 
     @classmethod
     def read(

@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -624,6 +625,11 @@ class Pretrained(PyTorchModelHubMixin):
         inside = Path(model_id) / SAFETENSORS
         path = str(inside) if inside.exists() else hf_hub_download(model_id, SAFETENSORS, **where)
         return cls._load_as_safetensor(cls(**options), path, map_location, strict)
+
+    def _save_pretrained(self, save_directory):
+        "As the parent, whose weights nobody but their owner may read."
+        weights = {name: value.contiguous() for name, value in cast(nn.Module, self).state_dict().items()}
+        (save_directory / SAFETENSORS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-066
 class GP2Vec(

@@ -175,7 +175,7 @@ def score(
     weight: np.ndarray,  # of each window, (n,)
     angle: bool = False,  # the numbers are degrees
 ) -> dict[str, float]:  # metric -> value
-    "How good the answers are."
+    "How good the answers are; NaN where none of the windows that were tested has weight."
     if answer.dtype == bool:
         return {"AUC": mean_auc(told[:, 0], answer, folds, weight)}
     seen = np.isfinite(told[:, 0]) & (weight > 0)
@@ -183,14 +183,18 @@ def score(
     if answer.dtype.kind in "iu":
         right = told.argmax(1) == answer
         shares = [np.average(right[answer == k], weights=weight[answer == k]) for k in np.unique(answer)]
-        return {"accuracy": float(np.mean(shares))}
+        return {"accuracy": _mean(shares)}
     if angle:
         error = np.degrees(np.arctan2(told[:, 0], told[:, 1])) - answer
-        return {"MAE": float(np.average(np.abs((error + 180) % 360 - 180), weights=weight))}
+        return {"MAE": _mean(np.abs((error + 180) % 360 - 180), weight)}
     error = told[:, 0] - answer
-    spread = np.average((answer - np.average(answer, weights=weight)) ** 2, weights=weight)
-    r2 = 1 - np.average(error**2, weights=weight) / max(spread, 1e-12)
-    return {"MAE": float(np.average(np.abs(error), weights=weight)), "R2": float(r2)}
+    spread = _mean((answer - _mean(answer, weight)) ** 2, weight)
+    return {"MAE": _mean(np.abs(error), weight), "R2": 1 - _mean(error**2, weight) / max(spread, 1e-12)}
+
+
+def _mean(x, weight=None) -> float:
+    "Of nothing it is NaN: a draw of few events may miss all that were tested."
+    return float(np.average(x, weights=weight)) if len(x) else float("nan")
 
 
 SMALLER = ("MAE", "median", "RMSE")  # metrics of which less is better

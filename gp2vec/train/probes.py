@@ -14,7 +14,7 @@ import numpy as np
 import obspy
 import pandas as pd
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from scipy import signal, stats
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
@@ -599,7 +599,7 @@ class LinearProbe:
         path: str | os.PathLike,  # `….safetensors`
     ) -> None:
         "Save the four arrays; nothing is pickled."
-        save_file({name: np.ascontiguousarray(x) for name, x in vars(self).items()}, path)
+        Path(path).write_bytes(save({name: np.ascontiguousarray(x) for name, x in vars(self).items()}))
 
     @classmethod
     def read(
