@@ -1837,4 +1837,6 @@ d = { 'settings': { 'branch': 'main',
                                     'gp2vec.train.train.prepare': ('train.train.html#prepare', 'gp2vec/train/train.py'),
                                     'gp2vec.train.train.pretrain': ('train.train.html#pretrain', 'gp2vec/train/train.py'),
                                     'gp2vec.train.train.read_settings': ('train.train.html#read_settings', 'gp2vec/train/train.py'),
-                                    'gp2vec.train.train.run': ('train.train.html#run', 'gp2vec/train/train.py')}}}
+                                    'gp2vec.train.train.run': ('train.train.html#run', 'gp2vec/train/train.py'),
+                                    'gp2vec.train.train.working_precision': ( 'train.train.html#working_precision',
+                                                                              'gp2vec/train/train.py')}}}

@@ -69,9 +69,10 @@ from .probes import LabelledWindows, label_windows
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'PRECISIONS', 'AGAIN', 'AugmentationConfig', 'MetadataConfig', 'DataConfig', 'TrainerConfig',
-           'TrainGroup', 'TensorBoardConfig', 'LoggersConfig', 'WandbConfig', 'RunConfig', 'compose', 'read_settings',
-           'embedded_network', 'embedded_archive', 'embedded_labels', 'Prepared', 'limit_manifest', 'open_shards',
-           'prepare', 'MetricsTable', 'build_loggers', 'Saving', 'build_trainer', 'pretrain', 'run', 'main']
+           'TrainGroup', 'working_precision', 'TensorBoardConfig', 'LoggersConfig', 'WandbConfig', 'RunConfig',
+           'compose', 'read_settings', 'embedded_network', 'embedded_archive', 'embedded_labels', 'Prepared',
+           'limit_manifest', 'open_shards', 'prepare', 'MetricsTable', 'build_loggers', 'Saving', 'build_trainer',
+           'pretrain', 'run', 'main']
 
 # %% ../../nbs/15_train.train.ipynb #15-006
 def _one_of(path: str, value: str, known: Sequence[str]) -> None:
@@ -163,7 +164,7 @@ class TrainerConfig:
     devices: int | str = "auto"  # processes per machine, one GPU each; auto: all GPUs, or one process
     num_nodes: int = 1  # machines
     strategy: str = "auto"  # auto, ddp, fsdp2 or deepspeed
-    precision: str = "16-mixed"  # bf16-mixed where the hardware has it; 32-true; a CPU takes bf16 for 16-mixed
+    precision: str = "16-mixed"  # 16-mixed, bf16-mixed or 32-true; on CPUs see `working_precision`
     accumulate_grad_batches: int = 1  # batches of each process per optimiser step
     fast_dev_run: bool | int = False  # that many batches, and nothing is saved: does it run at all?
 
@@ -187,6 +188,17 @@ class TrainGroup(TrainConfig):
     def run(self) -> TrainConfig:
         "The settings of the run alone, as they go into a checkpoint: the machines may be others when it goes on."
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
+
+# %% ../../nbs/15_train.train.ipynb #new-153f7e
+def working_precision(
+    trainer: TrainerConfig,  # settings of the machines
+) -> str:  # one of `PRECISIONS`
+    "The precision that is asked for, but float32 on a CPU on which half precision would be slower."
+    elsewhere = torch.accelerator.is_available() if trainer.accelerator == "auto" else trainer.accelerator != "cpu"
+    if elsewhere or trainer.precision == "32-true":
+        return trainer.precision
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if able else "32-true"
 
 # %% ../../nbs/15_train.train.ipynb #15-012
 @dataclass(frozen=True)
@@ -770,8 +782,11 @@ def build_trainer(
     "A Lightning trainer with everything that watches a run."
     shown = sys.stdout.isatty() if progress is None else progress
     every = train.validate_every or max(train.max_steps, 0)
+    precision = working_precision(trainer)
+    if precision == "32-true" != trainer.precision:
+        _logger.info("computes in float32: this processor has no instructions for half precision")
     return pl.Trainer(
-        **vars(trainer), default_root_dir=Path(output), plugins=_plugins(train, trainer),
+        **vars(trainer) | {"precision": precision}, default_root_dir=Path(output), plugins=_plugins(train, trainer),
         max_epochs=train.max_epochs, max_steps=train.max_steps, gradient_clip_val=train.gradient_clip or None,
         log_every_n_steps=train.log_every, num_sanity_val_steps=0, enable_model_summary=False,
         # Intervals of validation are counted in batches.
