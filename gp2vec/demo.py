@@ -135,12 +135,13 @@ def plot_masking(
     with torch.inference_mode():
         step = model.eval()(x, mask=mask)
     right = (step.answer.codes == step.codes).all(-1).numpy()
-    at = (np.arange(frames) + 0.5) / model.frame_rate
+    at, half = np.arange(frames) / model.frame_rate + model.receptive_field / 2, 0.5 / model.frame_rate
+    edges, hidden = np.add.outer(at, (-half, half)).ravel(), np.repeat(mask[0].numpy(), 2)
     figure = _figure(3.8)
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     for i, (row, color) in enumerate(zip(waveform, _COLORS, strict=True)):
         axes[0].plot(_times(len(row)), row - 9 * i, color=color, lw=0.6, label="ZNE"[i])
-    axes[0].fill_between(at, *axes[0].get_ylim(), where=mask[0].numpy(), color="C7", alpha=0.35, lw=0, label="hidden")
+    axes[0].fill_between(edges, *axes[0].get_ylim(), where=hidden, color="C7", alpha=0.35, lw=0, label="hidden")
     axes[0].set(ylabel="standard deviations", title=title, yticks=[], xlim=(0, waveform.shape[1] / 100))
     axes[0].legend(loc="upper right", ncols=4)
     axes[1].vlines(at, 0, 1, color="0.85", lw=0.5)
@@ -256,7 +257,7 @@ _CAPTIONS = {
     "windows": "What was learned from: the vertical, or what there is, each window scaled to unit variance. Black: "
     "real. Red (network XX): synthetic.",
     "masking": "A held-out window as the model met it. Grey spans were hidden. Below, a tick per frame: green where "
-    "the hidden code was told, red where not.",
+    "the hidden code was predicted, red where not.",
     "curves": "The run. Loss alone proves nothing: accuracy has to leave the guesser behind, perplexity has to stay "
     "up, the probe has to rise above the untrained network.",
     "codes": "How often each codeword was hidden, and how often it was the answer. A collapsed codebook would be a "
@@ -288,8 +289,8 @@ def write_report(
     lines = [html.escape(line) for line in (wrong or ["Nothing speaks against this run."])]
     m = results["metrics"]
     told = (
-        f"At held-out stations it tells {m['val_accuracy']:.1%} of the hidden frames (the best constant guess reaches "
-        f"{m['val_chance']:.1%}), with a perplexity of {m['val_perplexity']:.0f}."
+        f"At held-out stations it predicts {m['val_accuracy']:.1%} of the hidden frames (the best constant guess "
+        f"reaches {m['val_chance']:.1%}), with a perplexity of {m['val_perplexity']:.0f}."
     )
     mood = "bad" if wrong else "good"
     parts = [

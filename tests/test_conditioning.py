@@ -12,7 +12,6 @@ import torch
 
 from gp2vec.data import metadata as station_metadata
 from gp2vec.data.metadata import StationTable, station_table
-from gp2vec.models import conditioning
 from gp2vec.models.conditioning import (
     FIELDS,
     RESPONSE_FREQUENCIES,
@@ -264,6 +263,12 @@ def test_readme_dictionary_and_row_agree(table):
     model = model_of(ConditioningConfig()).eval()
     x = torch.randn(1, 3, 500)
     with torch.no_grad():
-        assert torch.equal(model.encode(x, by_hand), model.encode(x, metadata_from_rows(row)))
+        told = model.encode(x, by_hand)
+        for form in (metadata_from_rows(row), row, table.iloc[0], table.iloc[:1]):
+            assert torch.equal(model.encode(x, form), told)
+        two = model.encode(x.expand(2, -1, -1), table.iloc[0])
+        assert torch.allclose(two, told.expand(2, -1, -1), atol=1e-5), "a row is that of all windows"
+        with pytest.raises(ValueError, match=r"\(2,\), not \(3,\)"):
+            model.encode(x.expand(2, -1, -1), table.iloc[:3])
     features, there = encode_fields(by_hand, names, 1)
-    assert there.all() and features.isfinite().all() and conditioning.FIELDS
+    assert there.all() and features.isfinite().all()

@@ -42,7 +42,15 @@ from gp2vec.train.picking import (
     shift_score,
     train_picker,
 )
-from gp2vec.train.probes import audit_split, crossed_folds, label_onsets, read_onsets, split_parts, untrained
+from gp2vec.train.probes import (
+    audit_split,
+    crossed_folds,
+    label_onsets,
+    mean_auc,
+    read_onsets,
+    split_parts,
+    untrained,
+)
 
 DATA = Path(os.environ.get("GP2VEC_DATA") or "no data")
 PRETRAINED_ON = ["CCC", "JRC2", "LRL", "MPM", "SLA", "WBM", "WNM", "WRV2", "WVP2", "BRIB", "CVS", "SHW"]
@@ -231,6 +239,37 @@ def test_shares_of_the_labels_are_shares_of_the_events(onsets):
         few = _limit(onsets, share, 0)
         assert few.table.event_id.nunique() == max(2, round(share * events))
     assert set(_limit(onsets, 0.1, 0).table.event_id) != set(_limit(onsets, 0.1, 1).table.event_id)
+
+
+# Scores
+
+
+def test_a_fold_counts_by_its_pairs():
+    "One S in a fold is one of 31 pairs, not half of the answer; draws of events count pairs by their weights."
+    truth = np.array([True, False, *6 * [True], *5 * [False]])
+    folds = [(np.arange(2, 13), np.arange(2)), (np.arange(2), np.arange(2, 13))]
+    told = np.where(truth, 1.0, -1.0)
+    told[:2] *= -1  # the lone pair stands in the wrong order
+    assert mean_auc(told, truth, folds) == pytest.approx(30 / 31)
+    weight = np.array([2.0, 3.0, *11 * [1.0]])
+    assert mean_auc(told, truth, folds, weight) == pytest.approx(30 / 36)
+    weight[0] = 0
+    assert mean_auc(told, truth, folds, weight) == 1 and np.isnan(mean_auc(told, truth, folds, 0 * weight))
+
+
+def test_the_table_counts_what_was_tested(onsets):
+    "Folds that nothing could be learned from, and stations of pretraining, are not what an answer rests on."
+    windows = onsets.windows(8.0)
+    table = TASKS["phase"].select(windows)[0].table
+    settings = {"fractions": (1.0,), "seeds": (0,), "resamples": 1}
+    found = evaluate(untrained(SMALL), windows, "phase", EvaluationConfig(**settings, never_test=("S01", "S02"))).iloc[0]
+    tested = table[~table.station.isin(["S01", "S02"])]
+    assert (found.windows, found.events, found.stations) == (len(tested), tested.event_id.nunique(), 7)
+    count = tested.label.value_counts()
+    assert found.classes == f"{count.S} S, {count.P} P"
+    one = windows.take(((windows.table.label != "S") | (windows.table.station == "S03")).to_numpy())
+    with pytest.raises(ValueError, match="to test"):
+        evaluate(untrained(SMALL), one, "phase", EvaluationConfig(**settings))
 
 
 # Pickers

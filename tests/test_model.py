@@ -58,6 +58,7 @@ VARIANTS = {
     "cross-attention": {"conditioning": ConditioningConfig(fusion="cross_attention")},
     "spectrogram": {"spectrogram": 0.32},
 }
+UNPLACED = ConditioningConfig(fields=("elevation", "log_scale"))  # that a side task may ask for the rest
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -102,8 +103,7 @@ def test_neither_company_nor_order_nor_padding_matters(variant):
         long = model.encode(padded, place, lengths=lengths)
         for i, length in enumerate(lengths.tolist()):
             alone = model.encode(x[i : i + 1, :, :length], {k: v[i : i + 1] for k, v in place.items()})
-            # Spectra at the very end see silence alone and padding here, which is the same.
-            assert close(long[i : i + 1, : alone.shape[1]], alone, 2e-5), f"padding is heard in window {i}"
+            assert close(long[i : i + 1, : alone.shape[1]], alone), f"padding is heard in window {i}"
 
 
 @each_variant
@@ -126,7 +126,9 @@ def test_a_missing_component_is_no_information_and_not_a_quiet_trace(variant):
         told = model.encode(x, component_mask=mask)
         for filling in (0.0, 1e12, torch.nan, torch.inf):
             assert torch.equal(model.encode(torch.where(mask[..., None], x, filling), component_mask=mask), told)
-        assert not close(model.encode(x * mask[..., None]), told, 1e-2), "silence is another thing"
+    silent, encoder = x * mask[..., None], model.feature_encoder
+    with torch.no_grad():  # at the same scale, which differs where silence counts as a component
+        assert not close(encoder(silent), encoder(silent, mask), 1e-2), "silence is another thing"
 
 
 def test_what_is_missing_reaches_neither_gradient_nor_targets():
@@ -186,7 +188,7 @@ def test_the_same_seed_gives_the_same_step(codes):
 @pytest.mark.parametrize("codes", CODES)
 def test_float32_islands_under_autocast(codes, monkeypatch):
     "Quantiser, cosines, cross-entropies and penalties stay in float32 while the rest runs in bfloat16."
-    model, x = build(codes, tasks=TasksConfig(region=0.1)).train(), earthquake(3)
+    model, x = build(codes, tasks=TasksConfig(region=0.1), conditioning=UNPLACED).train(), earthquake(3)
     seen = {}
     cross_entropy = torch.nn.functional.cross_entropy
 
@@ -239,8 +241,11 @@ def test_nothing_becomes_nan(codes, training):
         if name == "one row empty":
             mask[:2, 20:60] = True
         step = model(x, log_scale=torch.tensor([1.0, -math.inf, 2.0]), mask=mask)
-        assert step.loss.isfinite() and step.answer.accuracy.isfinite() and step.diversity.isfinite(), name
-        assert step.answer.accuracy == 0 or name == "one row empty" or codes != "gumbel"
+        answer = step.answer
+        for value in (step.loss, answer.accuracy, answer.chance, answer.perplexity, step.diversity):
+            assert value.isfinite().all(), name
+        if model.config.objective == "contrastive" and name != "one row empty":
+            assert answer.accuracy == 0, "without distractors nothing can be told"
         step.loss.backward()
         broken = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         assert not broken, f"{name}: {broken}"
@@ -338,7 +343,7 @@ def test_quantisers_tell_usage_perplexity_and_entropy(codes):
 def test_side_tasks_are_absent_until_asked_for():
     plain = build()
     assert not [name for name in plain.state_dict() if name.startswith(("tasks", "spectrogram"))]
-    model = build(tasks=TasksConfig(region=0.5, adversarial_band=0.2)).train()
+    model = build(tasks=TasksConfig(region=0.5, adversarial_band=0.2), conditioning=UNPLACED).train()
     known = {"latitude": torch.zeros(3), "longitude": torch.zeros(3), "band": ["HH", "BN", None]}
     torch.manual_seed(0)
     step = model(earthquake(3), known)
@@ -350,8 +355,96 @@ def test_side_tasks_are_absent_until_asked_for():
     assert all(loss == 0 for loss in nobody.tasks.values()) and nobody.loss.isfinite()
 
 
+WRONG = [
+    ({"embed_dim": 0}, "embed_dim is 1 or more, not 0"),
+    ({"embed_dim": "wide"}, "embed_dim is 1 or more, not 'wide'"),
+    ({"sampling_rate": 0.0}, "sampling_rate is above 0"),
+    ({"mask_prob": 5.0}, "mask_prob is a share"),
+    ({"mask_prob": math.nan}, "mask_prob is above 0"),
+    ({"mask_span": 0.01}, r"mask_span is a frame or more, 0.08 s at 100 Hz, not 0.01 s"),
+    ({"num_negatives": 0}, "num_negatives is 1 or more"),
+    ({"contrastive_temperature": 0.0}, "contrastive_temperature is above 0"),
+    ({"feature_penalty": math.nan}, "feature_penalty is 0 or more, not nan"),
+    ({"feature_grad_mult": -1.0}, "feature_grad_mult is 0 or more"),
+    ({"spectrogram": 0.01}, "spectrogram is 2 samples or more"),
+    ({"quantizer": "gumbel"}, "quantizer is a QuantizerConfig, not 'gumbel'"),
+    ({"tasks": {"region": 0.1}, "conditioning": UNPLACED}, "tasks is a TasksConfig"),
+    ({"tasks": TasksConfig(adversarial_region=0.1)}, "adversarial_region asks for what conditioning.fields tells"),
+]
+PARTS = [
+    (QuantizerConfig, {"num_codebooks": 0}, "num_codebooks is 1 or more"),
+    (QuantizerConfig, {"codebook_size": 1}, "codebook_size is 2 or more"),
+    (QuantizerConfig, {"spectral_window": -1.0}, "spectral_window is above 0"),
+    (ContextConfig, {"ffn_ratio": 0}, "ffn_ratio is above 0"),
+    (ConditioningConfig, {"hidden_dim": 0}, "hidden_dim is 1 or more"),
+    (TasksConfig, {"region": math.nan}, "region is 0 or more"),
+    (EncoderConfig, {"conv_layers": ((32, 5),)}, "channels, kernel_size and stride"),
+]
+
+
+@pytest.mark.parametrize("kind, wrong, said", [(settings_of, *case) for case in WRONG] + PARTS)
+def test_settings_that_mean_nothing_are_refused_with_one_sentence(kind, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**wrong)
+
+
+def test_a_preset_sees_as_many_seconds_at_any_rate():
+    usual = GP2VecConfig.preset("tiny")
+    for rate in (40.0, 250.0):
+        model = GP2Vec(GP2VecConfig.preset("tiny", sampling_rate=rate))
+        assert model.frame_rate == pytest.approx(12.5, rel=0.25)
+        assert model.receptive_field == pytest.approx(GP2Vec(usual).receptive_field, rel=0.25)
+        assert model.encode(torch.randn(1, 3, int(30 * rate))).shape[2] == 192
+
+
+GIVEN = {  # arguments of encode -> what is said
+    "an array": (lambda x: {"waveforms": x.numpy()}, "waveforms are a tensor"),
+    "no batch": (lambda x: {"waveforms": x[0]}, r"not \(3, 3000\)"),
+    "a mask of numbers": (lambda x: {"component_mask": torch.ones(2, 3)}, "component_mask is a tensor of bool"),
+    "a mask too small": (lambda x: {"component_mask": torch.ones(3, dtype=torch.bool)}, r"and \(2, 3\)"),
+    "too long": (lambda x: {"lengths": torch.tensor([1000, 4000])}, "lengths are from 0 to the 3000"),
+    "a length for all": (lambda x: {"lengths": torch.tensor(1000)}, r"\(2,\), one per window"),
+    "fractions": (lambda x: {"lengths": torch.tensor([1000.0, 3000.0])}, "lengths is a tensor of int64"),
+    "one word": (lambda x: {"metadata": {"network": "CI", "elevation": torch.zeros(2)}}, "words are a list"),
+    "a word too many": (lambda x: {"metadata": {"network": ["CI"] * 3}}, "one per window, 2, not 3"),
+    "text": (lambda x: {"metadata": {"elevation": ["a", "b"]}}, "is one number per window"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_input_that_cannot_be_is_refused_with_one_sentence(name):
+    model, x = build(conditioning=ConditioningConfig(networks=("C", "I", "CI"))), earthquake(2)
+    make, said = GIVEN[name]
+    with pytest.raises(ValueError, match=said):
+        model.encode(**{"waveforms": x} | make(x))
+
+
+def test_whole_numbers_and_unknown_numbers_are_fine():
+    model, x = build(), earthquake(2)
+    with torch.no_grad():
+        assert torch.equal(model.encode((1e4 * x).round().int()), model.encode((1e4 * x).round()))
+        half = model.encode(x, {"elevation": [None, 1.0]})
+        assert torch.equal(half, model.encode(x, {"elevation": torch.tensor([torch.nan, 1.0])}))
+        assert not close(half[:1], model.encode(x, {"elevation": [2.0, 1.0]})[:1])
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_whole_step_in_bfloat16_weights(codes):
+    step = build(codes).bfloat16()(earthquake(2).bfloat16())
+    assert step.loss.isfinite()
+
+
+def test_a_folder_without_weights_or_settings_is_named(tmp_path):
+    model = build()
+    for name in ("model.safetensors", "config.json"):
+        model.save_pretrained(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f"holds no {name}"):
+            GP2Vec.from_pretrained(tmp_path)
+
+
 def test_loading_never_unpickles(tmp_path, monkeypatch):
-    model = build("ema", tasks=TasksConfig(region=0.5), spectrogram=0.32)
+    model = build("ema", tasks=TasksConfig(region=0.5), conditioning=UNPLACED, spectrogram=0.32)
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".md"}
     for name in ("load", "_load", "_legacy_load"):
@@ -379,10 +472,7 @@ def dynamic():
     return {0: batch, 2: samples}, {0: batch}, {0: batch}
 
 
-EXPORTED = ("layer norm", "cross-attention", "spectrogram")
-
-
-@pytest.mark.parametrize("variant", EXPORTED)
+@each_variant
 def test_torch_export_with_dynamic_batch_and_length(variant):
     module = Encode(build(**VARIANTS[variant]))
     program = torch.export.export(module, arguments(2, 1200), dynamic_shapes=dynamic(), strict=False).module()
@@ -391,7 +481,7 @@ def test_torch_export_with_dynamic_batch_and_length(variant):
             assert close(program(*arguments(*shape)), module(*arguments(*shape)), 1e-4)
 
 
-@pytest.mark.parametrize("variant", EXPORTED)
+@each_variant
 def test_onnx_with_dynamic_batch_and_length(variant, tmp_path):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'gp2vec[onnx]'")

@@ -9,14 +9,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .encoder import at_least
+
 # %% auto #0
 __all__ = ['FIELDS', 'WORDS', 'RESPONSE_FREQUENCIES', 'ConditioningConfig', 'encode_fields', 'index_words', 'encode_response',
-           'ResponseEncoder', 'metadata_from_rows', 'vocabularies', 'StationEncoder']
+           'ResponseEncoder', 'metadata_from_rows', 'as_metadata', 'vocabularies', 'StationEncoder']
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-006
 def _angle(degrees):
@@ -68,7 +71,7 @@ class ConditioningConfig:
     fusion: str = "add"  # "add": to the frames; "film": scale and shift in each layer; "cross_attention": to tokens
     response: bool = False  # use the instrument's response curve
     networks: tuple[str, ...] = ()  # network codes to know; empty: not used, as for all words
-    bands: tuple[str, ...] = ()  # band codes to know, first letters of channel codes
+    bands: tuple[str, ...] = ()  # families of channels to know: band and instrument code, such as HH
     sensors: tuple[str, ...] = ()  # names of sensors to know, as the station table has them
     dataloggers: tuple[str, ...] = ()  # names of dataloggers to know
     stations: tuple[
@@ -85,6 +88,7 @@ class ConditioningConfig:
             raise ValueError("conditioning.fields takes latitude and longitude together")
         if self.fusion not in ("add", "film", "cross_attention"):
             raise ValueError(f"conditioning.fusion is 'add', 'film' or 'cross_attention', not {self.fusion!r}")
+        at_least("conditioning", self, hidden_dim=1)
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"conditioning.dropout is a share from 0 to 1, not {self.dropout}")
         for name in WORDS.values():
@@ -105,6 +109,19 @@ def _one_each(name, value, *shape):
     return value
 
 
+def _numbers(name, value, batch_size):
+    "One number per window; what is no number is refused, and nothing is NaN."
+    if value is None:
+        return torch.full((batch_size,), torch.nan)
+    if isinstance(value, list | tuple):
+        value = [math.nan if one is None else one for one in value]
+    try:
+        value = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"metadata[{name!r}] is one number per window, NaN where unknown, not {value!r}") from None
+    return _one_each(name, value, batch_size)
+
+
 def encode_fields(
     metadata: Mapping[str, Tensor] | None,  # field -> values, (B,), NaN where unknown
     fields: tuple[str, ...],  # fields to use
@@ -116,11 +133,8 @@ def encode_fields(
     for names, (transform, width) in FIELDS.items():
         if not set(names) <= set(fields):
             continue
-        values = []
-        for name in names:
-            value = (metadata or {}).get(name)
-            value = torch.full((batch_size,), torch.nan) if value is None else torch.as_tensor(value)
-            values.append(_one_each(name, value, batch_size).to(device, torch.float32))
+        given = (_numbers(name, (metadata or {}).get(name), batch_size) for name in names)
+        values = [value.to(device, torch.float32) for value in given]
         there = torch.stack(values).isfinite().all(0)
         feature = transform(*(torch.where(there, value, 1.0) for value in values))
         columns.append(feature * there[:, None])
@@ -137,6 +151,10 @@ def index_words(
     "Look words up; for `torch.compile` and export do it beforehand and give the indices to the model."
     if words is None:
         return torch.full((batch_size,), -1)
+    if isinstance(words, str) or (isinstance(words, Tensor) and words.is_floating_point()):
+        raise ValueError(f"words are a list with one per window, or their places as whole numbers, not {words!r}")
+    if len(words) != batch_size:
+        raise ValueError(f"words are one per window, {batch_size}, not {len(words)}")
     if not isinstance(words, Tensor):
         place = {_fold(word): i for i, word in enumerate(vocabulary)}
         words = torch.tensor([place.get(_fold(word), -1) for word in words])
@@ -145,10 +163,18 @@ def index_words(
 # %% ../../nbs/09_models.conditioning.ipynb #09-019
 RESPONSE_FREQUENCIES = torch.logspace(-2, math.log10(50), 32, dtype=torch.float64)  # Hz, those of the station table
 _CURVE = ("response_amplitude", "response_phase", "response_valid")
+_TURNS = {"M": -1.0, "M/S": 0.0, "M/S**2": 1.0}  # unit of motion -> derivatives of velocity
+
+
+def _to_velocity(amplitude, phase, units):
+    "Responses to the motion that each window's unit names, (B, 32), as responses to velocity; NaN where it names none."
+    turns = torch.tensor([_TURNS.get(unit, math.nan) for unit in units])[:, None].to(amplitude.device)
+    omega = (2 * math.pi * RESPONSE_FREQUENCIES).to(amplitude)
+    return amplitude * omega**turns, phase + turns * math.pi / 2
 
 
 def encode_response(
-    metadata: Mapping[str, Any] | None,  # response_amplitude, response_phase, response_valid: (B, 32) each
+    metadata: Mapping[str, Any] | None,  # response_amplitude, _phase, _valid: (B, 32) each; input_units: M/S where absent
     batch_size: int,  # B
     device: torch.device | str = "cpu",  # where the result lives
 ) -> tuple[Tensor, Tensor]:  # log amplitude, sine, cosine, validity, (B, 4, 32), 0 where invalid; known, (B,) bool
@@ -163,6 +189,8 @@ def encode_response(
     amplitude, phase, valid = (
         c.to(device, t) for c, t in zip(checked, (torch.float, torch.float, torch.bool), strict=True)
     )
+    if (units := (metadata or {}).get("input_units")) is not None:
+        amplitude, phase = _to_velocity(amplitude, phase, units)
     valid = valid & amplitude.isfinite() & (amplitude > 0) & phase.isfinite()
     level = torch.where(valid, amplitude, 1.0).log10().masked_fill(~valid, -torch.inf)
     level = level - level.amax(-1, keepdim=True)
@@ -191,29 +219,25 @@ class ResponseEncoder(nn.Module):
         return self.leave(self.convs(channels).flatten(1))
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-022
-_TURNS = {"M": -1, "M/S": 0, "M/S**2": 1}  # unit of motion -> derivatives of velocity
-
-
 def _number(value):
     return float(value) if isinstance(value, int | float) or hasattr(value, "__float__") else math.nan
 
 
 def _curves(row):
     "Amplitude, phase and validity of the response to velocity, each (32,)."
-    size, turns = len(RESPONSE_FREQUENCIES), _TURNS.get(row.get("input_units"))
+    size, unit = len(RESPONSE_FREQUENCIES), row.get("input_units")
     curve = [row.get(name) for name in _CURVE]
-    if turns is None or any(values is None for values in curve):
+    if not isinstance(unit, str) or unit not in _TURNS or any(values is None for values in curve):
         return torch.full((size,), math.nan), torch.full((size,), math.nan), torch.zeros(size, dtype=torch.bool)
-    amplitude, phase = (torch.tensor([*values], dtype=torch.float64) for values in curve[:2])
-    amplitude = amplitude * (2 * math.pi * RESPONSE_FREQUENCIES) ** turns
-    phase = phase + turns * math.pi / 2
-    return amplitude.float(), phase.float(), torch.tensor([*curve[2]], dtype=torch.bool)
+    amplitude, phase = (torch.tensor([[*values]], dtype=torch.float64) for values in curve[:2])
+    amplitude, phase = _to_velocity(amplitude, phase, [unit])
+    return amplitude[0].float(), phase[0].float(), torch.tensor([*curve[2]], dtype=torch.bool)
 
 
 def _words(row):
     station = f"{row.get('network')}.{row.get('station')}" if row.get("network") and row.get("station") else ""
     channel = row.get("channel")
-    found = {**row, "station": station, "band": channel[:1] if isinstance(channel, str) else row.get("band")}
+    found = {**row, "station": station, "band": channel[:2] if isinstance(channel, str) else row.get("band")}
     return {name: word if isinstance(word := found.get(name), str) else "" for name in WORDS}
 
 
@@ -245,6 +269,22 @@ def metadata_from_rows(
     known |= {name: [word[name] for word in words] for name in WORDS}
     curves = zip(*(_curves(row) for row in records), strict=True)
     return known | {name: torch.stack(curve) for name, curve in zip(_CURVE, curves, strict=True)}
+
+# %% ../../nbs/09_models.conditioning.ipynb #new-996d44
+def as_metadata(
+    given: Any,  # the dictionary of tensors; or a row of the station table for all windows, or one for each; or None
+    batch_size: int,  # B
+) -> dict[str, Any]:  # field -> values, (B,)
+    "Whatever says where windows are from, as the model takes it."
+    if given is None:
+        return {}
+    several = isinstance(given, Mapping) and any(isinstance(value, Tensor | list) for value in given.values())
+    if several or (isinstance(given, Mapping) and not any(isinstance(v, Real | str) for v in given.values())):
+        return dict(given)
+    found = metadata_from_rows(given)
+    if len(found["latitude"]) == 1:
+        return {k: v * batch_size if isinstance(v, list) else v.expand(batch_size, *v.shape[1:]) for k, v in found.items()}
+    return found
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-024
 def vocabularies(

@@ -5,17 +5,18 @@
 # %% ../../nbs/06_models.encoder.ipynb #06-003
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'conv_layers_for', 'frame_mask', 'FrameConv', 'TimeNorm',
-           'EncoderConfig', 'FeatureEncoder']
+__all__ = ['ConvLayer', 'frame_count', 'frame_geometry', 'conv_layers_for', 'layers_at', 'frame_mask', 'FrameConv', 'TimeNorm',
+           'at_least', 'EncoderConfig', 'check_waveforms', 'FeatureEncoder']
 
 # %% ../../nbs/06_models.encoder.ipynb #06-008
 class ConvLayer(NamedTuple):
@@ -65,6 +66,21 @@ def conv_layers_for(
         step *= stride
     return tuple(layers)
 
+# %% ../../nbs/06_models.encoder.ipynb #new-81aad9
+def layers_at(
+    conv_layers: Sequence[ConvLayer],  # for waveforms at `rate`
+    rate: float,  # Hz
+    other: float,  # Hz
+) -> tuple[ConvLayer, ...]:  # for waveforms at `other`
+    "The same lenses in seconds, as near as samples allow, at another sampling rate."
+    kernels, spacings, step = [], [], 1
+    for layer in conv_layers:
+        kernels.append(layer.kernel_size * step / rate)
+        step *= layer.stride
+        spacings.append(step / rate)
+    made = conv_layers_for(other, 1, kernels, spacings)
+    return tuple(ConvLayer(old.channels, *new[1:]) for old, new in zip(conv_layers, made, strict=True))
+
 # %% ../../nbs/06_models.encoder.ipynb #06-018
 def frame_mask(
     conv_layers: Sequence[ConvLayer],  # the encoder's convolutions
@@ -110,6 +126,21 @@ class TimeNorm(nn.GroupNorm):
         y = y * (y.square().sum(1, keepdim=True) / count + self.eps).rsqrt()
         return (y * self.weight + self.bias).to(x.dtype)
 
+# %% ../../nbs/06_models.encoder.ipynb #new-390040
+def at_least(
+    group: str,  # where the settings stand, for messages
+    settings: Any,  # a dataclass
+    above: bool = False,  # the bounds themselves are refused too
+    **bounds: float,  # name of a setting -> its lower bound
+) -> None:
+    "Refuse numbers below their bound, and what is no number, with one sentence."
+    for name, low in bounds.items():
+        value = getattr(settings, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (low < value < math.inf if above else low <= value < math.inf):
+            said = f"above {low:g}" if above else f"{low:g} or more"
+            raise ValueError(f"{group}.{name} is {said}, not {value!r}")
+
 # %% ../../nbs/06_models.encoder.ipynb #06-026
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -126,33 +157,49 @@ class EncoderConfig:
             raise ValueError(f"feature_encoder.norm is 'layer' or 'group', not {self.norm!r}")
         if not self.conv_layers:
             raise ValueError("feature_encoder.conv_layers needs one convolution or more, and is empty")
-        if self.in_channels < 1:
-            raise ValueError(f"feature_encoder.in_channels is one component or more, not {self.in_channels}")
+        at_least("feature_encoder", self, in_channels=1)
         for layer in self.conv_layers:
-            if min(layer) < 1:
+            if len(layer) != 3 or not min(layer) >= 1:
                 raise ValueError(
                     "feature_encoder.conv_layers have channels, kernel_size and stride of 1 or more, "
                     f"not {tuple(layer)}"
                 )
+        object.__setattr__(self, "conv_layers", tuple(ConvLayer(*layer) for layer in self.conv_layers))
 
 # %% ../../nbs/06_models.encoder.ipynb #06-028
-def _check(config: EncoderConfig, waveforms: Tensor, component_mask: Tensor | None) -> None:
-    "Refuse waveforms and masks of another shape than the encoder's."
+def check_waveforms(
+    config: EncoderConfig,  # of the encoder that is to read them
+    waveforms: Tensor,  # (B, C, N)
+    component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
+    lengths: Tensor | None = None,  # real samples of windows padded at their end, (B,); None: all
+) -> None:
+    "Refuse waveforms, masks and lengths of another shape or type than the encoder's, with one sentence."
     expected = config.in_channels
-    if waveforms.ndim != 3 or waveforms.shape[1] != expected:
+    if not isinstance(waveforms, Tensor) or waveforms.ndim != 3 or waveforms.shape[1] != expected:
+        got = tuple(waveforms.shape) if isinstance(waveforms, Tensor) else type(waveforms).__name__
         raise ValueError(
-            f"waveforms are (batch, {expected} components, samples), not {tuple(waveforms.shape)}: "
+            f"waveforms are a tensor (batch, {expected} components, samples), not {got}: "
             "fill missing components with zeros and say so in component_mask"
         )
     if frame_count(config.conv_layers, waveforms.shape[2]) < 1:
         field = frame_geometry(config.conv_layers)[1]
         raise ValueError(f"waveforms of {waveforms.shape[2]} samples are shorter than one frame of {field} samples")
-    asked = tuple(waveforms.shape[:2])
-    if component_mask is not None and (component_mask.dtype != torch.bool or tuple(component_mask.shape) != asked):
-        raise ValueError(
-            f"component_mask is bool and {asked}, one per window and component, not "
-            f"{component_mask.dtype} and {tuple(component_mask.shape)}"
-        )
+    _check_like("component_mask", component_mask, (torch.bool,), tuple(waveforms.shape[:2]), "window and component")
+    _check_like("lengths", lengths, (torch.int64, torch.int32), tuple(waveforms.shape[:1]), "window")
+    if lengths is not None and not torch.compiler.is_compiling():
+        low, high = lengths.aminmax()
+        if low < 0 or high > waveforms.shape[2]:
+            wrong = int(low if low < 0 else high)
+            raise ValueError(f"lengths are from 0 to the {waveforms.shape[2]} samples of the windows, not {wrong}")
+
+
+def _check_like(name: str, given: Any, types: tuple[torch.dtype, ...], asked: tuple[int, ...], each: str) -> None:
+    "Refuse what is no tensor of that type and shape."
+    if given is None or (isinstance(given, Tensor) and given.dtype in types and tuple(given.shape) == asked):
+        return
+    got = f"{given.dtype} and {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    kind = str(types[0]).removeprefix("torch.")
+    raise ValueError(f"{name} is a tensor of {kind} and {asked}, one per {each}, not {got}")
 
 # %% ../../nbs/06_models.encoder.ipynb #06-029
 class FeatureEncoder(nn.Module):
@@ -182,7 +229,7 @@ class FeatureEncoder(nn.Module):
         lengths: Tensor | None = None,  # real samples of windows padded at their end, (B,); None: all
     ) -> Tensor:  # frames, (B, T, D); those that `frame_mask` calls not real mean nothing
         "Encode waveforms into frames; a wrong number of components or a waveform without one frame is a ValueError."
-        _check(self.config, waveforms, component_mask)
+        check_waveforms(self.config, waveforms, component_mask, lengths)
         x = waveforms
         if lengths is not None:
             x = x.masked_fill((torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[:, None], 0)

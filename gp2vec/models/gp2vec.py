@@ -24,8 +24,18 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from .conditioning import ConditioningConfig, StationEncoder, index_words
-from .encoder import ConvLayer, EncoderConfig, FeatureEncoder, frame_count, frame_geometry, frame_mask
+from .conditioning import ConditioningConfig, StationEncoder, as_metadata, index_words
+from gp2vec.models.encoder import (
+    ConvLayer,
+    EncoderConfig,
+    FeatureEncoder,
+    at_least,
+    check_waveforms,
+    frame_count,
+    frame_geometry,
+    frame_mask,
+    layers_at,
+)
 from gp2vec.models.quantizer import (
     Quantized,
     QuantizerConfig,
@@ -54,15 +64,18 @@ def normalise(
         x = x.masked_fill(~component_mask[:, :, None], 0)
     real = x.shape[1] if component_mask is None else component_mask.sum(-1).clamp_min(1)
     if lengths is None:
-        x = x - x.mean(-1, keepdim=True)
+        peak, x = x.abs().amax((1, 2)), x - x.mean(-1, keepdim=True)
         power = x.square().mean(-1).sum(-1) / real
     else:
         padding = (torch.arange(x.shape[-1], device=x.device) >= lengths[:, None])[:, None]
         x, samples = x.masked_fill(padding, 0), lengths[:, None].clamp_min(1)
+        peak = x.abs().amax((1, 2))
         x = (x - x.sum(-1, keepdim=True) / samples[..., None]).masked_fill(padding, 0)
         power = (x.square().sum(-1) / samples).sum(-1) / real
-    x = x / power.sqrt().clamp_min(torch.finfo(x.dtype).tiny)[:, None, None]
-    return x.to(waveforms.dtype), 0.5 * power.log10().to(waveforms.dtype)
+    power = torch.where(power > (64 * torch.finfo(x.dtype).eps * peak).square(), power, 0)  # what rounding left of a constant
+    x = torch.where(power[:, None, None] > 0, x / power.sqrt()[:, None, None], 0)
+    kind = waveforms.dtype if waveforms.is_floating_point() else torch.float32
+    return x.to(kind), 0.5 * power.log10().to(kind)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-011
 def spread_spans(
@@ -299,7 +312,7 @@ class TasksConfig:
     def __post_init__(self):
         "Refuse negative weights: reversal has weights of its own."
         for name, weight in vars(self).items():
-            if weight < 0:
+            if not weight >= 0:
                 raise ValueError(f"tasks.{name} is 0 or more, not {weight}; to reverse a task use its adversarial twin")
 
     @property
@@ -325,11 +338,14 @@ def task_labels(
     unknown = torch.full((batch_size,), torch.nan)
     if name == "sampling_rate":
         value = torch.as_tensor(known.get("sampling_rate", unknown)).float()
+        value = torch.where(value > 0, value, torch.nan)
         place = value.clamp_min(1e-6).log2().round().clamp(0, CLASSES[name] - 1)
     else:
         latitude, longitude = (torch.as_tensor(known.get(k, unknown)).float() for k in ("latitude", "longitude"))
         row, column = ((latitude + 90) // 30).clamp(0, 5), ((longitude + 180) % 360) // 30
         value = place = 12 * row + column.clamp(0, 11)
+    if value.shape != (batch_size,):
+        raise ValueError(f"metadata has one value per window, ({batch_size},), not {tuple(value.shape)}")
     return torch.where(value.isfinite(), place, -100).nan_to_num(-100).long()
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-043
@@ -359,6 +375,7 @@ class GP2VecConfig:
 
     def __post_init__(self):
         "Refuse what does not fit together."
+        self._check_numbers()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if self.objective == "masked_prediction" and self.quantizer.type == "gumbel":
@@ -373,6 +390,38 @@ class GP2VecConfig:
                 f"{channels}, not {self.quantizer.codevector_dim}"
             )
         self.context_encoder.check(self.embed_dim)
+        self._check_tasks()
+
+    def _check_numbers(self):
+        "Refuse parts of another kind and numbers that mean nothing."
+        for name, kind in get_type_hints(type(self)).items():
+            if is_dataclass(kind) and not isinstance(getattr(self, name), kind):
+                raise ValueError(f"model.{name} is a {kind.__name__}, not {getattr(self, name)!r}")
+        at_least("model", self, embed_dim=1, num_negatives=1, spectrogram=0, feature_grad_mult=0, feature_penalty=0)
+        at_least("model", self, diversity_weight=0, commitment_weight=0)
+        at_least("model", self, above=True, sampling_rate=0, mask_prob=0, mask_span=0, contrastive_temperature=0)
+        if self.mask_prob > 1:
+            raise ValueError(f"model.mask_prob is a share of the frames, up to 1, not {self.mask_prob:g}")
+        stride, rate = frame_geometry(self.feature_encoder.conv_layers)[0], self.sampling_rate
+        if self.mask_span * rate < stride:
+            raise ValueError(
+                f"model.mask_span is a frame or more, {stride / rate:g} s at {rate:g} Hz, not {self.mask_span:g} s"
+            )
+        spectral = self.quantizer.spectral_window if self.quantizer.type == "random_projection" else 0
+        for name, window in (("spectrogram", self.spectrogram), ("quantizer.spectral_window", spectral)):
+            if window and window * rate <= 1:
+                raise ValueError(f"model.{name} is 2 samples or more, {2 / rate:g} s at {rate:g} Hz, not {window:g} s")
+
+    def _check_tasks(self):
+        "Refuse side tasks whose answer the model is given."
+        known = {"sampling_rate": "sampling_rate", "region": "latitude"}
+        for name in self.tasks.used:
+            task = name.removeprefix("adversarial_")
+            if known.get(task) in self.conditioning.fields or (task == "band" and self.conditioning.bands):
+                what = "bands" if task == "band" else "fields"
+                raise ValueError(
+                    f"model.tasks.{name} asks for what conditioning.{what} tells the model: leave that out of it"
+                )
 
     @classmethod
     def from_dict(
@@ -388,9 +437,12 @@ class GP2VecConfig:
         name: str,  # "tiny", "small", "base" or "large"
         **changes: Any,  # fields to change
     ) -> GP2VecConfig:  # settings
-        "A named size, with changes."
+        "A named size, with changes; at another sampling rate its convolutions look at as many seconds."
         if name not in PRESETS:
             raise ValueError(f"presets are {', '.join(PRESETS)}, not {name!r}")
+        rate, usual = changes.get("sampling_rate", 100.0), PRESETS[name].feature_encoder
+        if rate != 100.0 and "feature_encoder" not in changes:
+            changes["feature_encoder"] = replace(usual, conv_layers=layers_at(usual.conv_layers, 100.0, rate))
         return replace(PRESETS[name], **changes)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-045
@@ -551,10 +603,10 @@ class Backbone(nn.Module):
     def encode(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Mapping[str, Any] | None = None,  # field -> values, (B,), NaN where unknown; as of `StationEncoder`
+        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the station table, see `as_metadata`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
-        layer: int | None = None,  # 0: frames before the context network; k: after k layers; None: after the last
+        layer: int | None = None,  # 0: what enters the context network; k: after k layers; None: after the last
         lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
     ) -> Tensor:  # representation, (B, T, D); frames that see padding mean nothing
         "Represent waveforms; call `eval()` first for the same answer every time."
@@ -566,10 +618,11 @@ class Backbone(nn.Module):
     def _normalise(self, waveforms, component_mask, lengths=None):
         "Normalised waveforms in the type of the weights; fewer samples than two frames need are refused."
         stride, field = frame_geometry(self.config.feature_encoder.conv_layers)
-        if waveforms.shape[-1] < field + stride:
+        if getattr(waveforms, "ndim", 0) == 3 and waveforms.shape[-1] < field + stride:
             raise ValueError(
                 f"a window needs {field + stride} samples or more, two frames, and this one has {waveforms.shape[-1]}"
             )
+        check_waveforms(self.config.feature_encoder, waveforms, component_mask, lengths)
         return normalise(waveforms, component_mask, lengths)[0].to(self.feature_projection.weight.dtype)
 
     def _project(self, features, x):
@@ -579,7 +632,7 @@ class Backbone(nn.Module):
 
     def _station(self, metadata, log_scale, batch_size):
         "What the context network may know besides the waveform."
-        known = dict(metadata or {}) | ({} if log_scale is None else {"log_scale": log_scale})
+        known = as_metadata(metadata, batch_size) | ({} if log_scale is None else {"log_scale": log_scale})
         return self.station_encoder(known, batch_size)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-063
@@ -596,6 +649,8 @@ def locate(
 ) -> str:  # folder, or name on the Hub
     "Where a model is; a folder of that name comes first, and a name that can be neither is a FileNotFoundError."
     if Path(name).is_dir():
+        if absent := [file for file in (SAFETENSORS, "config.json") if not (Path(name) / file).is_file()]:
+            raise FileNotFoundError(f"{name} holds no {absent[0]}: give a folder that save_pretrained or gp2vec export wrote")
         return os.fspath(name)
     if os.fspath(name) in shipped():
         return str(files("gp2vec") / "zoo" / os.fspath(name))
@@ -645,6 +700,8 @@ class GP2Vec(
         self,
         config: GP2VecConfig | Mapping[str, Any] = PRESETS["base"],  # settings, or the same as plain dictionaries
     ):
+        if not isinstance(config, GP2VecConfig | Mapping):
+            raise ValueError(f"expected a GP2VecConfig, such as GP2VecConfig.preset('tiny'), not {config!r}")
         config = config if isinstance(config, GP2VecConfig) else GP2VecConfig.from_dict(config)
         super().__init__(config)
         layers, dim, target = config.feature_encoder.conv_layers, config.embed_dim, config.quantizer
@@ -661,7 +718,7 @@ class GP2Vec(
     def forward(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Mapping[str, Any] | None = None,  # field -> values, (B,), NaN where unknown; as of `StationEncoder`
+        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the station table, see `as_metadata`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
         mask: Tensor | None = None,  # frames to hide, (B, T) bool; None draws spans
@@ -669,13 +726,14 @@ class GP2Vec(
         negatives: Tensor | None = None,  # distractors, (B, max count, K); None draws them
     ) -> Pretext:  # loss and what to watch
         "One step of pretraining: hide, fill in, compare."
-        config = self.config
+        config, metadata = self.config, as_metadata(metadata, len(waveforms))
         x = self._normalise(waveforms, component_mask)
         features = _ScaleGradient.apply(self.feature_encoder(x, component_mask), config.feature_grad_mult)
         penalty, features = _wide(features).square().mean(), self.feature_norm(features)
         if mask is None:
             span = round(config.mask_span * self.frame_rate)
             mask = span_mask(len(x), features.shape[1], config.mask_prob, span)
+        _check_questions(mask, negatives, features.shape[:2])
         mask = mask.to(x.device)
         frames = torch.where(mask[..., None], self.mask_embedding.to(features.dtype), self._project(features, x))
         context = self.context_encoder(frames, condition=self._station(metadata, log_scale, len(x)))[-1]
@@ -690,6 +748,16 @@ class GP2Vec(
         return Pretext(loss, answer, target.diversity, penalty, target.codes, mask, tasks)
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-067
+def _check_questions(mask: Tensor, negatives: Tensor | None, shape: torch.Size) -> None:
+    "Refuse a mask and distractors that do not belong to frames of that shape."
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask is bool and {tuple(shape)}, one per frame, not {mask.dtype} and {tuple(mask.shape)}")
+    most = int(mask.sum(1).max())
+    if negatives is not None and (negatives.ndim != 3 or len(negatives) != len(mask) or negatives.shape[1] < most):
+        asked = f"({len(mask)}, {most} or more, K)"
+        raise ValueError(f"negatives are {asked}, as of `sample_negatives`, not {tuple(negatives.shape)}")
+
+
 def _answer(model: GP2Vec, context: Tensor, target: Quantized, counts: Tensor, negatives: Tensor | None) -> Answer:
     "What the objective of a model makes of the context at the hidden frames, (M, D)."
     config = model.config

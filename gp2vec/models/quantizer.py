@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .encoder import at_least
+
 # %% auto #0
 __all__ = ['QUANTIZERS', 'QuantizerConfig', 'code_share', 'hard_perplexity', 'Quantized', 'GumbelQuantizer', 'log_spectra',
            'RandomProjectionQuantizer', 'EMAQuantizer', 'build_quantizer']
@@ -32,6 +34,8 @@ class QuantizerConfig:
         "Refuse what cannot be built."
         if self.type not in QUANTIZERS:
             raise ValueError(f"quantizer.type is one of {', '.join(QUANTIZERS)}, not {self.type!r}")
+        at_least("quantizer", self, num_codebooks=1, codebook_size=2, codevector_dim=1)
+        at_least("quantizer", self, above=True, spectral_window=0)
         if self.codevector_dim % self.num_codebooks:
             raise ValueError(
                 f"quantizer.codevector_dim={self.codevector_dim} does not divide into {self.num_codebooks} codebooks"
@@ -49,17 +53,17 @@ QUANTIZERS = ("gumbel", "random_projection", "ema")
 def code_share(
     codes: Tensor,  # codewords, (M, G) int64
     codebook_size: int,  # codewords per group, V
-) -> Tensor:  # share of the frames that carry each codeword, (G, V); NaN where there is no frame
+) -> Tensor:  # share of the frames that carry each codeword, (G, V); 0 where there is no frame
     "How often each codeword was chosen."
     place = codes + codebook_size * torch.arange(codes.shape[1], device=codes.device)
     count = place.flatten().bincount(minlength=codebook_size * codes.shape[1])
-    return count.view(codes.shape[1], codebook_size) / codes.new_tensor(len(codes), dtype=torch.float32)
+    return count.view(codes.shape[1], codebook_size) / codes.new_tensor(max(len(codes), 1), dtype=torch.float32)
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-011
 def hard_perplexity(
     codes: Tensor,  # codewords, (M, G) int64
     codebook_size: int,  # codewords per group, V
-) -> Tensor:  # perplexity of each group, (G,), from 1 to V; NaN where there is no frame
+) -> Tensor:  # perplexity of each group, (G,), from 1 to V; 1 where there is no frame
     "Perplexity of the codewords that were really chosen, per group."
     share = code_share(codes, codebook_size)
     return torch.exp(-torch.xlogy(share, share).sum(-1))
@@ -236,10 +240,12 @@ class RandomProjectionQuantizer(nn.Module):
             values, there = self.spectra(waveforms, features.shape[1])
             values = (values - self.mean) / torch.where(self.std > 0, self.std, 1.0)
             level = (values * there).sum((1, 2, 3), keepdim=True) / there.expand_as(values).sum((1, 2, 3), keepdim=True)
-            point = torch.einsum("mi,gid->mgd", ((values - level) * there)[mask].flatten(1), self.projection)
-            codes, vectors = _nearest(point, self.codevectors)
+            frames = ((values - level) * there)[mask].flatten(1)
+            point = torch.einsum("mi,gid->mgd", frames, self.projection.to(values.dtype))
+            codes, vectors = _nearest(point, self.codevectors.to(values.dtype))
         nothing = vectors.new_zeros(())
-        return Quantized(codes, vectors.flatten(1), nothing, nothing, self.codevectors.shape[1])
+        vectors = vectors.flatten(1).to(self.codevectors.dtype)
+        return Quantized(codes, vectors, nothing, nothing, self.codevectors.shape[1])
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-033
 def _place_among_processes(count, device):
@@ -337,7 +343,7 @@ class EMAQuantizer(_MovingMeans):
             codes, words = _nearest(known, self.codevectors)
             vectors = (frames + (words - frames).detach()).flatten(1)
             commitment = (frames - words).square().sum() / max(frames.numel(), 1)
-            perplexity = hard_perplexity(codes, size).nan_to_num(1.0).sum()
+            perplexity = hard_perplexity(codes, size).sum()
             if self.training:
                 count = self._update(known[fine], codes[fine])
                 share = count / count.sum(-1, keepdim=True).clamp_min(1)

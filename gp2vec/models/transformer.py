@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from .encoder import FrameConv
+from .encoder import FrameConv, at_least
 
 # %% auto #0
 __all__ = ['ContextConfig', 'PositionalConv', 'rotation', 'rotate', 'attention_weights', 'attention_kernel', 'attend',
@@ -42,9 +42,8 @@ class ContextConfig:
         "Refuse what cannot be built."
         if self.positions not in ("conv", "rotary"):
             raise ValueError(f"context_encoder.positions is 'conv' or 'rotary', not {self.positions!r}")
-        for name in ("num_layers", "num_heads", "conv_pos", "conv_pos_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"context_encoder.{name} is 1 or more, not {getattr(self, name)}")
+        at_least("context_encoder", self, num_layers=1, num_heads=1, conv_pos=1, conv_pos_groups=1)
+        at_least("context_encoder", self, above=True, ffn_ratio=0)
         for name in ("dropout", "layer_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"context_encoder.{name} is a share from 0 to 1, not {getattr(self, name)}")

@@ -403,30 +403,31 @@ def _ask(model: GP2Vec, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def draw_answers(
     model: GP2Vec,  # any training mode; it is put back as it was
     batch: Mapping[str, Any],  # windows, as the data loader yields them
-) -> Figure:  # one window: waveforms, hidden frames (grey), true and told codes, probability of the truth
+) -> Figure:  # one window: waveforms, hidden frames (grey), true and predicted codes, probability of the truth
     "The liveliest window of a batch, what was hidden of it, and what the model said of that."
     found, rate = _ask(model, batch), model.config.sampling_rate
     one = np.abs(found["waveforms"]).max((1, 2)).argmax()
     x, mask = found["waveforms"][one], found["mask"][one]
     centre = np.arange(len(mask)) / model.frame_rate + model.receptive_field / 2
     half = 0.5 / model.frame_rate
+    edges = np.add.outer(centre, (-half, half)).ravel()  # of every frame
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(4, 0.8, 1.4))
     for i, (row, name) in enumerate(zip(x, "ZNE", strict=False)):
         top.plot(np.arange(len(row)) / rate, row / np.abs(x).max() - i, "k", lw=0.5, label=name)
     for axis in (top, bottom):
-        axis.fill_between(centre, 0, 1, mask, transform=axis.get_xaxis_transform(), color="0.85", step="mid", lw=0)
+        axis.fill_between(edges, 0, 1, np.repeat(mask, 2), transform=axis.get_xaxis_transform(), color="0.85", lw=0)
     top.set(yticks=-np.arange(len(x)), yticklabels="ZNE"[: len(x)], ylabel="component")
     colours = np.stack([found["true"][one], found["told"][one]]) * 0.618034 % 1  # neighbours look different
-    ends = (centre[0] - half, centre[-1] + half)
-    middle.imshow(colours, cmap="hsv", vmin=0, vmax=1, aspect="auto", extent=(*ends, -0.5, 1.5), origin="lower")
-    middle.set(yticks=(0, 1), yticklabels=("true", "told"), ylabel="code")
+    ends = (edges[0], edges[-1], -0.5, 1.5)
+    middle.imshow(colours, cmap="hsv", vmin=0, vmax=1, aspect="auto", extent=ends, origin="lower")
+    middle.set(yticks=(0, 1), yticklabels=("true", "predicted"), ylabel="code")
     right = found["true"] == found["told"]
     bottom.bar(centre, found["probability"][one], 2 * half, color=np.where(right[one], "C2", "C3"))
     highest = max(0.1, 1.1 * np.nanmax(found["probability"][one]))
     bottom.set(xlabel="time (s)", ylabel="probability\nof the truth", ylim=(0, highest), xlim=(0, x.shape[1] / rate))
     share = right[found["mask"]].mean()
-    bottom.set_title(f"green: told right; {share:.0%} of all hidden frames of the batch are", fontsize="small")
+    bottom.set_title(f"green: predicted right; {share:.0%} of all hidden frames of the batch are", fontsize="small")
     return figure
 
 # %% ../../nbs/14_train.callbacks.ipynb #14-036
@@ -438,8 +439,8 @@ def draw_codes(
     found, size = _ask(model, batch), model.config.quantizer.codebook_size
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
-    for name, colour in (("true", "k"), ("told", "C1")):
-        counts = np.bincount(found[name][found["mask"]].astype(int), minlength=size)
+    for key, name, colour in (("true", "true", "k"), ("told", "predicted", "C1")):
+        counts = np.bincount(found[key][found["mask"]].astype(int), minlength=size)
         perplexity = _lowest_perplexity(torch.from_numpy(counts)[None].float())
         share = -np.sort(-counts[counts > 0]) / counts.sum()
         axis.plot(np.arange(1, len(share) + 1), share, colour, marker=".", label=f"{name}, perplexity {perplexity:.0f}")
