@@ -27,12 +27,14 @@ def cpu_time() -> float:
 
 
 def machine() -> str:
-    "The processor, the cores, the memory and the Python of this machine."
-    cpus = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
+    "The processor, what it has for products, the cores, the memory and the Python of this machine."
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    told = {key.strip(): value.strip() for key, value in lines}
+    name = told.get("model name", platform.processor())
+    widest = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in told.get("flags", "").split()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+    sets = f" ({' '.join(widest)})" if widest else ""
+    return f"{name}{sets}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
 def versions() -> dict[str, str]:

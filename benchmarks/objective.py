@@ -8,7 +8,7 @@ about 8 GB; the ratio hardly depends on the batch, so a smaller one tells the sa
 
 import torch
 import torch.nn.functional as F
-from measure import compare, parser
+from measure import append, compare, machine, parser, versions
 from peak import peak_memory
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining
 
@@ -83,6 +83,7 @@ def main():
     peaks = {name: peak_memory(side) for name, side in sides.items()}
     print("  peak " + ", ".join(f"{name} {peak:.0f} MiB" for name, peak in peaks.items()), end=": ")
     print(f"{peaks['Hugging Face'] / peaks['gp2vec']:.1f} times less")
+    append({"row": f"memory of the {row}", "MiB": peaks, "machine": machine(), "versions": versions()}, args.json)
 
 
 if __name__ == "__main__":

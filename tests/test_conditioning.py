@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,14 @@ import obspy
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import DataLoader, default_collate
 
 from gp2vec.data import metadata as station_metadata
-from gp2vec.data.metadata import StationTable, station_table
+from gp2vec.data.archive import build_manifest, write_archive
+from gp2vec.data.datapipes import METADATA_KEYS, WORD_KEYS, SeismicDataPipeline
+from gp2vec.data.embedded import real_inventory, real_recordings
+from gp2vec.data.metadata import StationMetadataManager, StationTable, station_table
+from gp2vec.inference import embed
 from gp2vec.models.conditioning import (
     FIELDS,
     RESPONSE_FREQUENCIES,
@@ -24,7 +30,7 @@ from gp2vec.models.conditioning import (
     vocabularies,
 )
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
-from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
+from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig, TasksConfig
 from gp2vec.models.quantizer import QuantizerConfig
 from gp2vec.models.transformer import ContextConfig
 
@@ -272,3 +278,71 @@ def test_readme_dictionary_and_row_agree(table):
             model.encode(x.expand(2, -1, -1), table.iloc[:3])
     features, there = encode_fields(by_hand, names, 1)
     assert there.all() and features.isfinite().all()
+
+
+# From an archive to the model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "Shards of the recordings and stations that ObsPy ships, and the station table."
+    archive = write_archive(tmp_path_factory.mktemp("archive"), real_recordings(), real_inventory())
+    manifest = build_manifest(archive)
+    manager = StationMetadataManager.from_archive(archive, manifest)
+    pipeline = SeismicDataPipeline(manifest, manager)
+    return pipeline, pipeline.create_webdataset(1000, tmp_path_factory.mktemp("shards"), progress=False), manager
+
+
+def knowing(manager, fusion="add") -> GP2Vec:
+    words = vocabularies(manager.table)
+    model = model_of(ConditioningConfig(fields=("elevation", "log_scale"), fusion=fusion, response=True, **words))
+    return GP2Vec(
+        replace(model.config, conditioning=replace(model.config.conditioning, bands=()), tasks=TasksConfig(band=0.1))
+    )
+
+
+def test_words_and_responses_come_from_the_shards(made):
+    "What the station table knows reaches the model in training, the same from shards and straight from the archive."
+    pipeline, dataset, manager = made
+    batch = next(iter(DataLoader(dataset, batch_size=16, shuffle=False)))
+    known = batch["metadata"]
+    assert len(set(known["network"])) > 2 and all(name.count(".") == 1 for name in known["station"])
+    assert {band[1] for band in known["band"]} <= set("HNLPG") and any(known["sensor"])
+    streamed = {(s["id"], int(s["starttime"])): s["metadata"] for s in pipeline.stream(shuffle=False)}
+    for i, key in enumerate(zip(batch["id"], batch["starttime"].tolist(), strict=True)):
+        mine = {name: value[i] for name, value in known.items()}
+        assert {k: v for k, v in mine.items() if isinstance(v, str)} == {k: streamed[key][k] for k in WORD_KEYS}
+        for name in METADATA_KEYS:
+            assert torch.allclose(mine[name], streamed[key][name], equal_nan=True), (key, name)
+        alone = (default_collate([one]) for one in (mine, streamed[key]))
+        features = [encode_response(one, 1)[0] for one in alone]
+        assert torch.allclose(*features, atol=1e-4)
+    model = knowing(manager).train()
+    torch.manual_seed(1)
+    step = model(batch["waveform"], known, batch["component_mask"], batch["log_scale"])
+    assert step.tasks["band"] > 0
+    step.loss.backward()
+    station = model.station_encoder
+    for part in (station.words["network"], station.words["sensor"], station.response, model.tasks["band"]):
+        assert sum(float(p.grad.abs().sum()) for p in part.parameters()) > 0
+
+
+def test_a_response_is_that_of_velocity_whatever_its_unit():
+    size = len(RESPONSE_FREQUENCIES)
+    omega = 2 * math.pi * RESPONSE_FREQUENCIES.float()
+    flat = {"response_phase": torch.zeros(2, size), "response_valid": torch.ones(2, size, dtype=torch.bool)}
+    given = flat | {"response_amplitude": torch.stack([omega, torch.ones(size)]), "input_units": ["M/S", "M/S**2"]}
+    (seismometer, accelerometer), known = encode_response(given, 2)
+    assert torch.allclose(seismometer[0], accelerometer[0], atol=1e-5) and known.all(), "both rise with frequency"
+    assert torch.allclose(accelerometer[1], torch.ones(size)), "and an accelerometer leads by a quarter turn"
+    assert not encode_response(given | {"input_units": ["", "PA"]}, 2)[1].any()
+
+
+def test_embeddings_know_the_station(made):
+    _, _, manager = made
+    model = knowing(manager).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    stream = real_recordings()
+    blind, told = embed(model, stream), embed(model, stream, lookup=manager)
+    assert not np.allclose(blind.vectors, told.vectors, atol=1e-4)

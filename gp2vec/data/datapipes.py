@@ -43,7 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .archive import DAY, Cache, Store, read_manifest
-from .metadata import StationMetadataManager
+from .metadata import RESPONSE_FREQUENCIES, StationMetadataManager
 from gp2vec.data.preprocessing import (
     Flaw,
     Grid,
@@ -59,11 +59,11 @@ from gp2vec.data.preprocessing import (
 )
 
 # %% auto #0
-__all__ = ['logger', 'METADATA_KEYS', 'ENCODINGS', 'FORMAT', 'VERSION', 'BYTES_PER_SAMPLE', 'SEGMENT_COLUMNS', 'MAX_JSON',
-           'MOST_SHARDS', 'window_metadata', 'sample_key', 'encode', 'StationDay', 'station_days', 'Outcome',
-           'process_station_day', 'Batch', 'plan_batches', 'Shard', 'ShardIndex', 'read_index', 'Job', 'write_batch',
-           'OpenShard', 'verify_shards', 'EpochOrder', 'ShardDataset', 'open_executor', 'SeismicDataPipeline',
-           'WindowStream', 'hold_out', 'write_split']
+__all__ = ['logger', 'METADATA_KEYS', 'WORD_KEYS', 'CURVE_KEYS', 'ENCODINGS', 'FORMAT', 'VERSION', 'BYTES_PER_SAMPLE',
+           'SEGMENT_COLUMNS', 'MAX_JSON', 'MOST_SHARDS', 'window_metadata', 'sample_key', 'encode', 'StationDay',
+           'station_days', 'Outcome', 'process_station_day', 'Batch', 'plan_batches', 'Shard', 'ShardIndex',
+           'read_index', 'Job', 'write_batch', 'OpenShard', 'verify_shards', 'EpochOrder', 'ShardDataset',
+           'open_executor', 'SeismicDataPipeline', 'WindowStream', 'hold_out', 'write_split']
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-010
 logger = logging.getLogger(__name__)
@@ -80,18 +80,20 @@ def _store(url: str | os.PathLike, credentials: str = "environment", endpoint_ur
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-013
 METADATA_KEYS = ("latitude", "longitude", "elevation", "depth", "azimuth", "dip", "sampling_rate", "gain")
+WORD_KEYS = ("network", "station", "band", "sensor", "datalogger", "input_units")
+CURVE_KEYS = ("response_amplitude", "response_phase", "response_valid")  # at `RESPONSE_FREQUENCIES`
 
 
 def window_metadata(
     window: Window | Segment,  # with its channel codes
     lookup=None,  # (network, station, location, channel, UTC ns) -> epoch of the station table or None
-) -> dict[str, float]:  # the numbers named by `METADATA_KEYS`; NaN where unknown
+) -> dict[str, Any]:  # numbers (NaN: unknown), words ("": unknown), curves (32,), as `GP2Vec.encode` takes them
     """Station metadata valid at its time; `gain` is known only where amplitudes are in physical units.
 
-    Place, dip and gain are those of the first real component, azimuth that of N (or 1) where it is real,
-    `sampling_rate` is the recording's own.
+    Place, dip, gain, words and response are those of the first real component, azimuth that of N (or 1) where it is
+    real, `sampling_rate` is the recording's own; a station's word is NETWORK.STATION.
     """
-    out = dict.fromkeys(METADATA_KEYS, math.nan)
+    out: dict[str, Any] = dict.fromkeys(METADATA_KEYS, math.nan) | _codes(window.network, window.station, window.band)
     out["sampling_rate"] = window.native_rate
     codes = (window.network, window.station, window.location)
     channels = [c for c in window.channels if c]
@@ -102,7 +104,25 @@ def window_metadata(
         north = lookup(*codes, window.channels[1], window.starttime) if window.channels[1] else None
         out["azimuth"] = _number((north or epoch).get("azimuth"))
         out["gain"] = _number(epoch.get("gain")) if window.units != "counts" else math.nan
-    return out
+        out |= {name: str(epoch[name]) for name in WORD_KEYS[3:] if isinstance(epoch.get(name), str)}
+    return out | _curves(*((epoch or {}).get(name) for name in CURVE_KEYS))
+
+
+def _codes(network: str, station: str, band: str) -> dict[str, str]:
+    """The words that stand in a SEED id, and room for those that do not."""
+    return dict.fromkeys(WORD_KEYS, "") | {"network": network, "station": f"{network}.{station}", "band": band}
+
+
+def _curves(amplitude: Any, phase: Any, valid: Any) -> dict[str, torch.Tensor]:
+    """A response as tensors; invalid where there is none."""
+    if amplitude is None or phase is None or valid is None:
+        amplitude, phase, valid = (np.full(len(RESPONSE_FREQUENCIES), x) for x in (math.nan, math.nan, False))
+    kinds = (torch.float32, torch.float32, torch.bool)
+    given = zip((amplitude, phase, valid), kinds, strict=True)
+    curves = [torch.tensor(np.asarray(values).tolist(), dtype=kind) for values, kind in given]
+    if any(curve.shape != (len(RESPONSE_FREQUENCIES),) for curve in curves):
+        raise ValueError(f"a response has {len(RESPONSE_FREQUENCIES)} values, got {[len(curve) for curve in curves]}")
+    return dict(zip(CURVE_KEYS, curves, strict=True))
 
 
 def _number(value: Any) -> float:
@@ -121,14 +141,21 @@ def sample_key(
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _meta(segment: Segment, scale: float, metadata: Mapping[str, float]) -> bytes:
-    """JSON of an entry; unknown numbers are null."""
+def _meta(segment: Segment, scale: float, metadata: Mapping[str, Any]) -> bytes:
+    """JSON of an entry; unknown numbers are null, unknown words and responses are left out."""
     names = ("starttime", "network", "station", "location", "band", "sampling_rate", "native_rate", "units")
     record: dict[str, Any] = {"id": segment.id, "scale": scale, "samples": segment.data.shape[1]}
     record |= {name: getattr(segment, name) for name in names}
     record |= {"channels": list(segment.channels), "component_mask": [bool(m) for m in segment.component_mask]}
     record["flaws"] = [list(flaw) for flaw in segment.flaws]
-    record["metadata"] = {name: value if math.isfinite(value) else None for name, value in metadata.items()}
+    known = {name: float(metadata.get(name, math.nan)) for name in METADATA_KEYS}
+    stored: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in known.items()}
+    stored |= {name: metadata[name] for name in WORD_KEYS[3:] if metadata.get(name)}
+    if (valid := metadata.get("response_valid")) is not None and valid.any():
+        curves = (torch.where(valid, metadata[name], 0).tolist() for name in CURVE_KEYS[:2])
+        stored |= dict(zip(CURVE_KEYS, ([float(f"{x:.7g}") for x in curve] for curve in curves), strict=False))
+        stored["response_valid"] = valid.int().tolist()
+    record["metadata"] = stored
     return json.dumps(record, allow_nan=False).encode()
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-016
@@ -798,8 +825,12 @@ def _no_number(text: str) -> float:
 def _read_meta(view: memoryview) -> dict[str, Any]:
     """The JSON of an entry, with what a window needs; `ValueError` where that is missing."""
     meta = json.loads(bytes(view), parse_constant=_no_number)
-    known = {name: float(value) for name, value in meta["metadata"].items() if value is not None}
+    stored = meta["metadata"]
+    known = {name: float(stored[name]) for name in METADATA_KEYS if stored.get(name) is not None}
     meta["row"] = [known.get(name, math.nan) for name in METADATA_KEYS]
+    words = _codes(meta["network"], meta["station"], meta["band"])
+    words |= {name: str(stored[name]) for name in WORD_KEYS[3:] if name in stored}
+    meta["known"] = words | _curves(*(stored.get(name) for name in CURVE_KEYS))
     meta["log_scale"] = math.log10(meta["scale"])
     meta["step"] = 1e9 / float(meta["sampling_rate"])  # ns from one sample to the next
     if not isinstance(meta["id"], str) or not isinstance(meta["units"], str) or not isinstance(meta["starttime"], int):
@@ -936,17 +967,17 @@ class EpochOrder:
         return self._made[group]
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-055
-def _samples(waveforms, log_scale, alive, times, ids, physical, metadata) -> list[dict[str, Any]]:
+def _samples(waveforms, log_scale, alive, times, ids, physical, numbers, others) -> list[dict[str, Any]]:
     """Windows as the dictionaries that `default_collate` understands; the tensors are views of a whole batch's."""
     # Counts of one digitiser are not those of another: without a unit of ground motion the scale is not known.
     log_scale = np.where(physical, log_scale, np.nan).astype(np.float32)
-    rows = torch.from_numpy(np.ascontiguousarray(np.asarray(metadata, np.float32).T))
+    rows = torch.from_numpy(np.ascontiguousarray(np.asarray(numbers, np.float32).T))
     known = zip(*(row.unbind(0) for row in rows), strict=True)
     tensors = [torch.from_numpy(array).unbind(0) for array in (waveforms, alive, log_scale)]
     names = ("waveform", "component_mask", "log_scale", "starttime", "id")
     return [
-        dict(zip(names, values, strict=True)) | {"metadata": dict(zip(METADATA_KEYS, row, strict=True))}
-        for *values, row in zip(*tensors, times, ids, known, strict=True)
+        dict(zip(names, values, strict=True)) | {"metadata": dict(zip(METADATA_KEYS, row, strict=True)) | other}
+        for *values, row, other in zip(*tensors, times, ids, known, others, strict=True)
     ]
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-056
@@ -1158,7 +1189,8 @@ def _cut(dataset: ShardDataset, indices: Sequence[int]) -> list[dict[str, Any]]:
     order = _order_of(dataset)
     shards, numbers = order[positions]
     data = np.empty((3, count * length), ENCODINGS[dataset.index.encoding])
-    alive, scale, ids, times, physical, metadata = np.empty((count, 3), bool), np.empty(count), [], [], [], []
+    alive, scale, ids, times = np.empty((count, 3), bool), np.empty(count), [], []
+    physical, rows, others = [], [], []
     for i, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
         use = _open(dataset, shard)
         segment, start = use.segment[number], int(use.start[number])
@@ -1168,12 +1200,13 @@ def _cut(dataset: ShardDataset, indices: Sequence[int]) -> list[dict[str, Any]]:
         times.append(meta["starttime"] + round(start * meta["step"]))
         ids.append(meta["id"])
         physical.append(meta["units"] != "counts")
-        metadata.append(meta["row"])
+        rows.append(meta["row"])
+        others.append(meta["known"])
     if count:
         _look_ahead(dataset, order, int(order.group_of(positions[-1:])[0]))
     single = torch.from_numpy(data).float().numpy()  # NumPy takes ten times as long to widen 16 bits
     waveforms, log_scale = normalise_windows(single, np.arange(count) * length, length, alive)
-    return _samples(waveforms, log_scale + scale, alive, times, ids, physical, metadata)
+    return _samples(waveforms, log_scale + scale, alive, times, ids, physical, rows, others)
 
 # %% ../../nbs/05_data.datapipes.ipynb #05-062
 @contextmanager
@@ -1444,9 +1477,10 @@ def _day_samples(pipeline: SeismicDataPipeline, unit: StationDay, random: Any) -
         starts, alive = grid.starts[good], np.ascontiguousarray(grid.alive[good])
         waveforms, log_scale = normalise_windows(segment.data, starts, pipeline.config.window_samples, alive)
         times = [segment.starttime + round(start * 1e9 / segment.sampling_rate) for start in starts.tolist()]
-        row = list(window_metadata(segment, lookup).values())
-        physical = [segment.units != "counts"] * len(times)
-        made += _samples(waveforms, log_scale, alive, times, [segment.id] * len(times), physical, [row] * len(times))
+        known = window_metadata(segment, lookup)
+        row = [known.pop(name) for name in METADATA_KEYS]
+        each = ([value] * len(times) for value in (segment.id, segment.units != "counts", row, known))
+        made += _samples(waveforms, log_scale, alive, times, *each)
     for i in random.permutation(len(made)) if random else range(len(made)):
         yield made[i]
 

@@ -174,7 +174,8 @@ def _to_velocity(amplitude, phase, units):
 
 
 def encode_response(
-    metadata: Mapping[str, Any] | None,  # response_amplitude, _phase, _valid: (B, 32) each; input_units: M/S where absent
+    metadata: Mapping[str, Any]
+    | None,  # response_amplitude, _phase, _valid: (B, 32) each; input_units: M/S where absent
     batch_size: int,  # B
     device: torch.device | str = "cpu",  # where the result lives
 ) -> tuple[Tensor, Tensor]:  # log amplitude, sine, cosine, validity, (B, 4, 32), 0 where invalid; known, (B,) bool
@@ -283,7 +284,9 @@ def as_metadata(
         return dict(given)
     found = metadata_from_rows(given)
     if len(found["latitude"]) == 1:
-        return {k: v * batch_size if isinstance(v, list) else v.expand(batch_size, *v.shape[1:]) for k, v in found.items()}
+        return {
+            k: v * batch_size if isinstance(v, list) else v.expand(batch_size, *v.shape[1:]) for k, v in found.items()
+        }
     return found
 
 # %% ../../nbs/09_models.conditioning.ipynb #09-024

@@ -72,7 +72,8 @@ def normalise(
         peak = x.abs().amax((1, 2))
         x = (x - x.sum(-1, keepdim=True) / samples[..., None]).masked_fill(padding, 0)
         power = (x.square().sum(-1) / samples).sum(-1) / real
-    power = torch.where(power > (64 * torch.finfo(x.dtype).eps * peak).square(), power, 0)  # what rounding left of a constant
+    rounding = 64 * torch.finfo(x.dtype).eps * peak  # what is left of a constant
+    power = torch.where(power > rounding.square(), power, 0)
     x = torch.where(power[:, None, None] > 0, x / power.sqrt()[:, None, None], 0)
     kind = waveforms.dtype if waveforms.is_floating_point() else torch.float32
     return x.to(kind), 0.5 * power.log10().to(kind)
@@ -603,17 +604,29 @@ class Backbone(nn.Module):
     def encode(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the station table, see `as_metadata`
+        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the table, see `as_metadata`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
         layer: int | None = None,  # 0: what enters the context network; k: after k layers; None: after the last
         lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
     ) -> Tensor:  # representation, (B, T, D); frames that see padding mean nothing
         "Represent waveforms; call `eval()` first for the same answer every time."
+        return self.states(waveforms, metadata, component_mask, log_scale, layer, lengths)[-1]
+
+    def states(
+        self,
+        waveforms: Tensor,  # this and what follows as of `encode`
+        metadata: Any = None,
+        component_mask: Tensor | None = None,
+        log_scale: Tensor | None = None,
+        layer: int | None = None,
+        lengths: Tensor | None = None,
+    ) -> list[Tensor]:  # what enters the context network, and what each of its layers makes, (B, T, D) each
+        "All representations of waveforms, down to a layer."
         x = self._normalise(waveforms, component_mask, lengths)
         frames = self._project(self.feature_norm(self.feature_encoder(x, component_mask, lengths)), x)
         real = None if lengths is None else frame_mask(self.config.feature_encoder.conv_layers, lengths, x.shape[-1])
-        return self.context_encoder(frames, layer, real, self._station(metadata, log_scale, x.shape[0]))[-1]
+        return self.context_encoder(frames, layer, real, self._station(metadata, log_scale, x.shape[0]))
 
     def _normalise(self, waveforms, component_mask, lengths=None):
         "Normalised waveforms in the type of the weights; fewer samples than two frames need are refused."
@@ -650,7 +663,7 @@ def locate(
     "Where a model is; a folder of that name comes first, and a name that can be neither is a FileNotFoundError."
     if Path(name).is_dir():
         if absent := [file for file in (SAFETENSORS, "config.json") if not (Path(name) / file).is_file()]:
-            raise FileNotFoundError(f"{name} holds no {absent[0]}: give a folder that save_pretrained or gp2vec export wrote")
+            raise FileNotFoundError(f"{name} holds no {absent[0]}: give a folder that save_pretrained or export wrote")
         return os.fspath(name)
     if os.fspath(name) in shipped():
         return str(files("gp2vec") / "zoo" / os.fspath(name))
@@ -718,7 +731,7 @@ class GP2Vec(
     def forward(
         self,
         waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the station table, see `as_metadata`
+        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the table, see `as_metadata`
         component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
         mask: Tensor | None = None,  # frames to hide, (B, T) bool; None draws spans
