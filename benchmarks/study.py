@@ -2,11 +2,11 @@
 
 usage: python benchmarks/study.py DATA [--arms "span 1.2 s" "span 0.4 s" …] [--seeds 1] [--steps 600] [--output DIR]
 
-DATA holds `buckets/` (objects under their archives' keys), `stationxml/` and `labels/` (picks.csv and waveforms). Every
-arm changes one thing of the first, the `tiny` preset with hidden spans of 1.2 s. Each is trained on all 100 Hz
-recordings but those of unclear licence, on as many windows, and asked two questions on labelled windows: P or S, and
-event or noise. A row of results goes to study.jsonl in the output folder; an arm and seed that is there already is not
-repeated. A run that ends because its codes collapsed is a result, too: its row says so.
+DATA holds `buckets/` (objects under their archives' keys), `stationxml/` and `labels/` (picks.csv and waveforms). What
+each arm changes of the first, the `tiny` preset with hidden spans of 1.2 s, stands in ARMS. Each is trained on all
+100 Hz recordings but those of unclear licence, on as many windows, and asked two questions on labelled windows: P or
+S, and event or noise. A row of results goes to study.jsonl in the output folder; an arm and seed that is there already
+is not repeated. A run that ends because its codes collapsed is a result, too: its row says so.
 """
 
 import argparse

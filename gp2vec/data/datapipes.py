@@ -78,34 +78,10 @@ def _store(url: str | os.PathLike, credentials: str = "environment", endpoint_ur
         raise ValueError(f"expected a folder, file:///folder or s3://bucket/prefix, got {text[:80]!r}: name one place")
     return Store(text, credentials=credentials, endpoint_url=endpoint_url)
 
-# %% ../../nbs/05_data.datapipes.ipynb #05-013
+# %% ../../nbs/05_data.datapipes.ipynb #new-923c0a
 METADATA_KEYS = ("latitude", "longitude", "elevation", "depth", "azimuth", "dip", "sampling_rate", "gain")
 WORD_KEYS = ("network", "station", "band", "sensor", "datalogger", "input_units")
 CURVE_KEYS = ("response_amplitude", "response_phase", "response_valid")  # at `RESPONSE_FREQUENCIES`
-
-
-def window_metadata(
-    window: Window | Segment,  # with its channel codes
-    lookup=None,  # (network, station, location, channel, UTC ns) -> epoch of the station table or None
-) -> dict[str, Any]:  # numbers (NaN: unknown), words ("": unknown), curves (32,), as `GP2Vec.encode` takes them
-    """Station metadata valid at its time; `gain` is known only where amplitudes are in physical units.
-
-    Place, dip, gain, words and response are those of the first real component, azimuth that of N (or 1) where it is
-    real, `sampling_rate` is the recording's own; a station's word is NETWORK.STATION.
-    """
-    out: dict[str, Any] = dict.fromkeys(METADATA_KEYS, math.nan) | _codes(window.network, window.station, window.band)
-    out["sampling_rate"] = window.native_rate
-    codes = (window.network, window.station, window.location)
-    channels = [c for c in window.channels if c]
-    epoch = lookup(*codes, channels[0], window.starttime) if lookup and channels else None
-    if epoch:
-        for name in ("latitude", "longitude", "elevation", "depth", "azimuth", "dip"):
-            out[name] = _number(epoch.get(name))
-        north = lookup(*codes, window.channels[1], window.starttime) if window.channels[1] else None
-        out["azimuth"] = _number((north or epoch).get("azimuth"))
-        out["gain"] = _number(epoch.get("gain")) if window.units != "counts" else math.nan
-        out |= {name: str(epoch[name]) for name in WORD_KEYS[3:] if isinstance(epoch.get(name), str)}
-    return out | _curves(*((epoch or {}).get(name) for name in CURVE_KEYS))
 
 
 def _codes(network: str, station: str, band: str) -> dict[str, str]:
@@ -132,7 +108,31 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError):
         return math.nan
 
+# %% ../../nbs/05_data.datapipes.ipynb #05-013
+def window_metadata(
+    window: Window | Segment,  # with its channel codes
+    lookup=None,  # (network, station, location, channel, UTC ns) -> epoch of the station table or None
+) -> dict[str, Any]:  # numbers (NaN: unknown), words ("": unknown), curves (32,), as `GP2Vec.encode` takes them
+    """Station metadata valid at its time; `gain` is known only where amplitudes are in physical units.
 
+    Place, dip, gain, words and response are those of the first real component, azimuth that of N (or 1) where it is
+    real, `sampling_rate` is the recording's own; a station's word is NETWORK.STATION.
+    """
+    out: dict[str, Any] = dict.fromkeys(METADATA_KEYS, math.nan) | _codes(window.network, window.station, window.band)
+    out["sampling_rate"] = window.native_rate
+    codes = (window.network, window.station, window.location)
+    channels = [c for c in window.channels if c]
+    epoch = lookup(*codes, channels[0], window.starttime) if lookup and channels else None
+    if epoch:
+        for name in ("latitude", "longitude", "elevation", "depth", "azimuth", "dip"):
+            out[name] = _number(epoch.get(name))
+        north = lookup(*codes, window.channels[1], window.starttime) if window.channels[1] else None
+        out["azimuth"] = _number((north or epoch).get("azimuth"))
+        out["gain"] = _number(epoch.get("gain")) if window.units != "counts" else math.nan
+        out |= {name: str(epoch[name]) for name in WORD_KEYS[3:] if isinstance(epoch.get(name), str)}
+    return out | _curves(*((epoch or {}).get(name) for name in CURVE_KEYS))
+
+# %% ../../nbs/05_data.datapipes.ipynb #new-143494
 def sample_key(
     segment: Segment | Window,  # any
 ) -> str:  # 20 hexadecimal digits

@@ -349,6 +349,39 @@ def task_labels(
         raise ValueError(f"metadata has one value per window, ({batch_size},), not {tuple(value.shape)}")
     return torch.where(value.isfinite(), place, -100).nan_to_num(-100).long()
 
+# %% ../../nbs/10_models.gp2vec.ipynb #new-2bdfd8
+def _check_numbers(config: GP2VecConfig) -> None:
+    "Refuse parts of another kind and numbers that mean nothing."
+    for name, kind in get_type_hints(type(config)).items():
+        if is_dataclass(kind) and not isinstance(getattr(config, name), kind):
+            raise ValueError(f"model.{name} is a {kind.__name__}, not {getattr(config, name)!r}")
+    at_least("model", config, embed_dim=1, num_negatives=1, spectrogram=0, feature_grad_mult=0, feature_penalty=0)
+    at_least("model", config, diversity_weight=0, commitment_weight=0)
+    at_least("model", config, above=True, sampling_rate=0, mask_prob=0, mask_span=0, contrastive_temperature=0)
+    if config.mask_prob > 1:
+        raise ValueError(f"model.mask_prob is a share of the frames, up to 1, not {config.mask_prob:g}")
+    stride, rate = frame_geometry(config.feature_encoder.conv_layers)[0], config.sampling_rate
+    if config.mask_span * rate < stride:
+        raise ValueError(
+            f"model.mask_span is a frame or more, {stride / rate:g} s at {rate:g} Hz, not {config.mask_span:g} s"
+        )
+    spectral = config.quantizer.spectral_window if config.quantizer.type == "random_projection" else 0
+    for name, window in (("spectrogram", config.spectrogram), ("quantizer.spectral_window", spectral)):
+        if window and window * rate <= 1:
+            raise ValueError(f"model.{name} is 2 samples or more, {2 / rate:g} s at {rate:g} Hz, not {window:g} s")
+
+
+def _check_tasks(config: GP2VecConfig) -> None:
+    "Refuse side tasks whose answer the model is given."
+    known = {"sampling_rate": "sampling_rate", "region": "latitude"}
+    for name in config.tasks.used:
+        task = name.removeprefix("adversarial_")
+        if known.get(task) in config.conditioning.fields or (task == "band" and config.conditioning.bands):
+            what = "bands" if task == "band" else "fields"
+            raise ValueError(
+                f"model.tasks.{name} asks for what conditioning.{what} tells the model: leave that out of it"
+            )
+
 # %% ../../nbs/10_models.gp2vec.ipynb #10-043
 @dataclass(frozen=True)
 class GP2VecConfig:
@@ -376,7 +409,7 @@ class GP2VecConfig:
 
     def __post_init__(self):
         "Refuse what does not fit together."
-        self._check_numbers()
+        _check_numbers(self)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if self.objective == "masked_prediction" and self.quantizer.type == "gumbel":
@@ -391,38 +424,7 @@ class GP2VecConfig:
                 f"{channels}, not {self.quantizer.codevector_dim}"
             )
         self.context_encoder.check(self.embed_dim)
-        self._check_tasks()
-
-    def _check_numbers(self):
-        "Refuse parts of another kind and numbers that mean nothing."
-        for name, kind in get_type_hints(type(self)).items():
-            if is_dataclass(kind) and not isinstance(getattr(self, name), kind):
-                raise ValueError(f"model.{name} is a {kind.__name__}, not {getattr(self, name)!r}")
-        at_least("model", self, embed_dim=1, num_negatives=1, spectrogram=0, feature_grad_mult=0, feature_penalty=0)
-        at_least("model", self, diversity_weight=0, commitment_weight=0)
-        at_least("model", self, above=True, sampling_rate=0, mask_prob=0, mask_span=0, contrastive_temperature=0)
-        if self.mask_prob > 1:
-            raise ValueError(f"model.mask_prob is a share of the frames, up to 1, not {self.mask_prob:g}")
-        stride, rate = frame_geometry(self.feature_encoder.conv_layers)[0], self.sampling_rate
-        if self.mask_span * rate < stride:
-            raise ValueError(
-                f"model.mask_span is a frame or more, {stride / rate:g} s at {rate:g} Hz, not {self.mask_span:g} s"
-            )
-        spectral = self.quantizer.spectral_window if self.quantizer.type == "random_projection" else 0
-        for name, window in (("spectrogram", self.spectrogram), ("quantizer.spectral_window", spectral)):
-            if window and window * rate <= 1:
-                raise ValueError(f"model.{name} is 2 samples or more, {2 / rate:g} s at {rate:g} Hz, not {window:g} s")
-
-    def _check_tasks(self):
-        "Refuse side tasks whose answer the model is given."
-        known = {"sampling_rate": "sampling_rate", "region": "latitude"}
-        for name in self.tasks.used:
-            task = name.removeprefix("adversarial_")
-            if known.get(task) in self.conditioning.fields or (task == "band" and self.conditioning.bands):
-                what = "bands" if task == "band" else "fields"
-                raise ValueError(
-                    f"model.tasks.{name} asks for what conditioning.{what} tells the model: leave that out of it"
-                )
+        _check_tasks(self)
 
     @classmethod
     def from_dict(
@@ -566,8 +568,8 @@ class SpectrogramBranch(nn.Module):
         return self.project(self.norm(self.spectra(waveforms).flatten(2)))
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-061
-class Backbone(nn.Module):
-    "Feature encoder, station encoder and context network."
+class _Parts(nn.Module):
+    "Feature encoder, station encoder and context network, and how their frames lie in time."
 
     def __init__(
         self,
@@ -601,33 +603,6 @@ class Backbone(nn.Module):
         "Frames of a waveform."
         return frame_count(self.config.feature_encoder.conv_layers, samples)
 
-    def encode(
-        self,
-        waveforms: Tensor,  # (B, C, N), any unit; normalised here
-        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the table, see `as_metadata`
-        component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
-        log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
-        layer: int | None = None,  # 0: what enters the context network; k: after k layers; None: after the last
-        lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
-    ) -> Tensor:  # representation, (B, T, D); frames that see padding mean nothing
-        "Represent waveforms; call `eval()` first for the same answer every time."
-        return self.states(waveforms, metadata, component_mask, log_scale, layer, lengths)[-1]
-
-    def states(
-        self,
-        waveforms: Tensor,  # this and what follows as of `encode`
-        metadata: Any = None,
-        component_mask: Tensor | None = None,
-        log_scale: Tensor | None = None,
-        layer: int | None = None,
-        lengths: Tensor | None = None,
-    ) -> list[Tensor]:  # what enters the context network, and what each of its layers makes, (B, T, D) each
-        "All representations of waveforms, down to a layer."
-        x = self._normalise(waveforms, component_mask, lengths)
-        frames = self._project(self.feature_norm(self.feature_encoder(x, component_mask, lengths)), x)
-        real = None if lengths is None else frame_mask(self.config.feature_encoder.conv_layers, lengths, x.shape[-1])
-        return self.context_encoder(frames, layer, real, self._station(metadata, log_scale, x.shape[0]))
-
     def _normalise(self, waveforms, component_mask, lengths=None):
         "Normalised waveforms in the type of the weights; fewer samples than two frames need are refused."
         stride, field = frame_geometry(self.config.feature_encoder.conv_layers)
@@ -647,6 +622,37 @@ class Backbone(nn.Module):
         "What the context network may know besides the waveform."
         known = as_metadata(metadata, batch_size) | ({} if log_scale is None else {"log_scale": log_scale})
         return self.station_encoder(known, batch_size)
+
+# %% ../../nbs/10_models.gp2vec.ipynb #new-b3a3e4
+class Backbone(_Parts):
+    "Waveforms to representations."
+
+    def encode(
+        self,
+        waveforms: Tensor,  # (B, C, N), any unit; normalised here
+        metadata: Any = None,  # field -> values, (B,), NaN where unknown; or rows of the table, see `as_metadata`
+        component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
+        log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
+        layer: int | None = None,  # 0: what enters the context network; k: after k layers; None: after the last
+        lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
+    ) -> Tensor:  # representation, (B, T, D); frames that see padding mean nothing
+        "Represent waveforms; call `eval()` first for the same answer every time."
+        return self.states(waveforms, metadata, component_mask, log_scale, layer, lengths)[-1]
+
+    def states(
+        self,
+        waveforms: Tensor,  # (B, C, N), any unit; normalised here
+        metadata: Any = None,  # as of `encode`
+        component_mask: Tensor | None = None,  # which components are real, (B, C) bool; None: all
+        log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
+        layer: int | None = None,  # the last one to run; None: all
+        lengths: Tensor | None = None,  # samples before the padding at the end of each window, (B,); None: all
+    ) -> list[Tensor]:  # what enters the context network, and what each of its layers makes, (B, T, D) each
+        "All representations of waveforms, down to a layer."
+        x = self._normalise(waveforms, component_mask, lengths)
+        frames = self._project(self.feature_norm(self.feature_encoder(x, component_mask, lengths)), x)
+        real = None if lengths is None else frame_mask(self.config.feature_encoder.conv_layers, lengths, x.shape[-1])
+        return self.context_encoder(frames, layer, real, self._station(metadata, log_scale, x.shape[0]))
 
 # %% ../../nbs/10_models.gp2vec.ipynb #10-063
 SAFETENSORS = "model.safetensors"

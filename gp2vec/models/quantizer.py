@@ -243,8 +243,7 @@ class RandomProjectionQuantizer(nn.Module):
             frames = ((values - level) * there)[mask].flatten(1)
             point = torch.einsum("mi,gid->mgd", frames, self.projection.to(values.dtype))
             codes, vectors = _nearest(point, self.codevectors.to(values.dtype))
-        nothing = vectors.new_zeros(())
-        vectors = vectors.flatten(1).to(self.codevectors.dtype)
+        vectors, nothing = vectors.flatten(1).to(self.codevectors.dtype), vectors.new_zeros(())
         return Quantized(codes, vectors, nothing, nothing, self.codevectors.shape[1])
 
 # %% ../../nbs/07_models.quantizer.ipynb #07-033
