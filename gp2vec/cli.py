@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,10 @@ ModelName = Annotated[
 ]
 PickerName = Annotated[str, Parameter(help="Folder of a picker, as gp2vec adapt makes one, or its name on the Hub.")]
 Inputs = Annotated[
-    str, Parameter(help="miniSEED files, manifests that end in .parquet, folders or s3:// URLs of archives.")
+    str,
+    Parameter(
+        help="miniSEED files or folders of them, manifests that end in .parquet, folders or s3:// URLs of archives."
+    ),
 ]
 StationTable = Annotated[str, Parameter(help="Station table; without it epochs, gains and places are not known.")]
 Workers = Annotated[int, Parameter(help="Processes.")]
@@ -457,7 +461,7 @@ def adapt(
     rate = loaded.sampling_rate if isinstance(loaded, Picker) else loaded.config.sampling_rate
     onsets = read_onsets(labels, PreprocessingConfig(sampling_rate=rate))
     fit = FitConfig(steps=steps, tune=tune, seed=seed)
-    made = adapt_picker(loaded, onsets, config=PickerConfig(layer=0, window_length=window_length), fit=fit)
+    made = adapt_picker(loaded, onsets, config=PickerConfig(window_length=window_length), fit=fit)
     made.write(output)
     console.print(made.curve.round(3).to_string(index=False))
     console.print(f"{made.verdict}\npicker: {output}")
@@ -473,7 +477,7 @@ def embed(
     layer: int | None = None,
     workers: Workers = 1,  # how many processes
     executor: Executor = "processes",  # where they run
-) -> None:
+) -> int:  # exit status
     """Embed the windows of miniSEED files, archives or manifests.
 
     Parameters
@@ -486,11 +490,12 @@ def embed(
     from gp2vec.inference import Embeddings
 
     work = _Work("embed", model, stations, layer)
-    parts, keys = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
+    parts, keys, failed = _work_through(work, inputs, output, (".parquet",), ".parquet", workers, executor)
     embeddings = Embeddings.join([Embeddings.read(parts.url(key)) for key in keys])
     embeddings.write(output)
     _remove(parts)
     console.print(f"{output}: {len(embeddings)} windows of {embeddings.table.station.nunique()} stations")
+    return _status(failed)
 
 # %% ../nbs/22_cli.ipynb #22-028
 @app.command
@@ -502,7 +507,7 @@ def annotate(
     stations: StationTable = "",  # made by gp2vec metadata
     workers: Workers = 1,  # how many processes
     executor: Executor = "processes",  # where they run
-) -> None:
+) -> int:  # exit status
     """Write the curves of a picker over miniSEED files, archives or manifests.
 
     Parameters
@@ -513,13 +518,14 @@ def annotate(
     from gp2vec.data.archive import store_of
 
     work = _Work("annotate", picker, stations)
-    parts, keys = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
+    parts, keys, failed = _work_through(work, inputs, output, (".mseed",), ".mseed", workers, executor)
     store, name = store_of(output)
     with store.fs.open(store.path(name), "wb", autocommit=False) as file:
         size = sum(file.write(parts.read(key)) for key in keys)  # records of miniSEED may follow in any order
     file.commit()
     _remove(parts)
     console.print(f"{output}: {size / 1e6:.1f} MB of curves")
+    return _status(failed)
 
 # %% ../nbs/22_cli.ipynb #22-029
 @app.command
@@ -532,7 +538,7 @@ def classify(
     threshold: float | None = None,
     workers: Workers = 1,  # how many processes
     executor: Executor = "processes",  # where they run
-) -> None:
+) -> int:  # exit status
     """Pick P and S waves in miniSEED files, archives or manifests.
 
     Parameters
@@ -545,11 +551,14 @@ def classify(
     from gp2vec.inference import Picks
 
     work = _Work("classify", picker, stations, threshold)
-    parts, keys = _work_through(work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor)
+    parts, keys, failed = _work_through(
+        work, inputs, output, (".csv", ".parquet", ".xml"), ".parquet", workers, executor
+    )
     picks = Picks.join([Picks.read(parts.url(key)) for key in keys])
     picks.write(output)
     _remove(parts)
     console.print(f"{output}: {len(picks)} picks at {picks.table.station.nunique()} stations")
+    return _status(failed)
 
 # %% ../nbs/22_cli.ipynb #22-030
 @dataclass(frozen=True)
@@ -619,7 +628,9 @@ def _units(inputs: Sequence[str]) -> list[Any]:
     for name in inputs:
         if name.endswith(".parquet"):
             units += station_days(read_manifest(name))
-        elif "://" in name or Path(name).is_dir():
+        elif Path(name).is_dir():
+            units += _loose_files(name) or station_days(_listed(name))
+        elif "://" in name:
             units += station_days(Archive(name).list())
         elif Path(name).is_file():
             units.append(name)
@@ -628,6 +639,28 @@ def _units(inputs: Sequence[str]) -> list[Any]:
                 f"expected a miniSEED file, a manifest or an archive, and there is no {name!r}: check the path"
             )
     return units
+
+
+_ENDS = (".mseed", ".miniseed", ".msd", ".ms")
+
+
+def _loose_files(folder: str) -> list[str]:
+    "miniSEED files in a folder itself, which those of an archive never are."
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name.lower().endswith(_ENDS))
+    return [str(path) for path in files]
+
+
+def _listed(folder: str):
+    "The manifest of an archive in a folder."
+    from gp2vec.data.archive import Archive
+
+    try:
+        return Archive(folder).list()
+    except ValueError as error:
+        raise ValueError(
+            f"expected miniSEED files ({', '.join(_ENDS)}) or an archive of a data centre in {folder!r}, "
+            "got neither: name the files themselves"
+        ) from error
 
 
 def _stream(unit: Any):
@@ -673,8 +706,8 @@ def _do(work: _Work, unit: Any, parts: Any, key: str) -> str:
     return ""
 
 
-def _work_through(work, inputs, output, ends, part_end, workers, executor) -> tuple[Any, list[str]]:
-    "Work on all units that are not done; the `Store` of the parts, and their keys, in order."
+def _work_through(work, inputs, output, ends, part_end, workers, executor) -> tuple[Any, list[str], dict[str, str]]:
+    "Work on all units that are not done; the `Store` of the parts, their keys in order, what was left out and why."
     from concurrent.futures import as_completed
 
     from gp2vec.data.archive import Store
@@ -696,14 +729,35 @@ def _work_through(work, inputs, output, ends, part_end, workers, executor) -> tu
             if pool is None
             else ((jobs[f], f.result()) for f in as_completed(jobs))
         )
+        failed = {}
         for key, why in results:
             bar.advance(task)
             if why:
-                logging.getLogger(__name__).warning("%s: left out, %s", key, why)
+                failed[_title(todo[key])] = why
+                logging.getLogger(__name__).warning("%s: left out, %s", _title(todo[key]), why)
     there = parts.find()
     if not (keys := [key for key in todo if key in there]):
-        raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}: see the warnings")
-    return parts, keys
+        raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}; {_left_out(failed)}")
+    return parts, keys, failed
+
+# %% ../nbs/22_cli.ipynb #new-000a39
+def _title(unit: Any) -> str:
+    "What a user calls a unit."
+    return unit if isinstance(unit, str) else f"{unit.name} on {datetime.fromtimestamp(unit.day / 1e9, UTC):%Y-%m-%d}"
+
+
+def _left_out(failed: dict[str, str]) -> str:
+    "What gave nothing, and why."
+    name, why = next(iter(failed.items()))
+    more = f"{len(failed)} inputs were left out, the first of them " if len(failed) > 1 else "left out was "
+    return f"{more}{name}: {why}"
+
+
+def _status(failed: dict[str, str]) -> int:
+    "Say what was left out, however quiet; the exit status."
+    if failed:
+        print(f"gp2vec: {_left_out(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _remove(parts: Any) -> None:
@@ -745,7 +799,7 @@ def _launch(
 
 def main(
     arguments: Sequence[str] | None = None,  # as typed; None: those of the command line
-) -> int:  # exit status: 0 all went well, 1 a run that may not be believed, 2 wrong input
+) -> int:  # exit status: 0 all went well, 1 a run that may not be believed or an input left out, 2 wrong input
     "The `gp2vec` command."
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return app.meta(list(arguments) if arguments is not None else None, result_action="return_value") or 0

@@ -22,9 +22,10 @@ from obspy import Stream, Trace, UTCDateTime
 from obspy.core import event as quakeml
 from safetensors.numpy import load_file, save
 from sklearn.covariance import LedoitWolf
+from torch.utils.data import default_collate
 
 from .data.archive import read_table, store_of, write_table
-from .data.datapipes import METADATA_KEYS, window_metadata
+from .data.datapipes import window_metadata
 from gp2vec.data.preprocessing import (
     MAX_FACTOR,
     REASONS,
@@ -46,8 +47,8 @@ from .train.picking import Picker, find_picks
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'logger', 'PICK_TABLE', 'DETECTION_TABLE', 'Embeddings', 'frame_times', 'embed', 'cosine',
-           'stitching_weights', 'anchored', 'window_curves', 'annotate', 'Picks', 'picks_of', 'classify',
-           'as_seisbench', 'Familiar']
+           'stitching_weights', 'anchored', 'window_curves', 'check_picker', 'check_thresholds', 'annotate', 'Picks',
+           'picks_of', 'classify', 'as_seisbench', 'Familiar']
 
 # %% ../nbs/18_inference.ipynb #18-008
 TABLE_COLUMNS = ("network", "station", "location", "band", "starttime", "endtime", "components", "log_scale", "units")
@@ -193,8 +194,7 @@ def _encode(model: GP2Vec, batch: list[Window], lookup: Lookup | None, layer: in
     log_scale = torch.tensor(scales, dtype=torch.float32, device=device)
     metadata = None
     if lookup is not None:
-        known = [window_metadata(w, lookup) for w in batch]
-        metadata = {k: torch.tensor([m[k] for m in known], dtype=torch.float32, device=device) for k in METADATA_KEYS}
+        metadata = default_collate([window_metadata(w, lookup) for w in batch])
     return model.encode(x, metadata, mask, log_scale, layer).float().cpu()
 
 # %% ../nbs/18_inference.ipynb #18-015
@@ -366,6 +366,34 @@ def _stitched(picker: Picker, segment: Segment, config: PreprocessingConfig, bli
     return np.divide(curves, weight, out=curves, where=weight >= 1e-3)
 
 # %% ../nbs/18_inference.ipynb #18-048
+def check_picker(
+    picker: Any,  # what came as a picker
+) -> Picker:  # the same
+    "A model without a head is a ValueError that says where to get one."
+    if not hasattr(picker, "curves"):
+        raise ValueError(
+            f"expected a Picker, got {type(picker).__name__}, which has no head for onsets: "
+            "make one by train_picker or gp2vec adapt"
+        )
+    return picker
+
+
+def check_thresholds(
+    picker: Picker,  # says which phases there are, and their own thresholds
+    thresholds: float | Sequence[float] | None,  # for all phases, or one per phase; None: the picker's own
+) -> tuple[float, ...]:  # one per phase
+    "Least probabilities of a pick; another number of them is a ValueError."
+    settings = check_picker(picker).config
+    if thresholds is None:
+        thresholds = settings.thresholds
+    limits = (float(thresholds),) * len(settings.phases) if np.ndim(thresholds) == 0 else tuple(map(float, thresholds))
+    if len(limits) != len(settings.phases):
+        raise ValueError(
+            f"expected one threshold, or one for each of {', '.join(settings.phases)}, got {limits}: give as many"
+        )
+    return limits
+
+
 def _read_through(
     picker: Picker,
     stream: Stream | Trace,
@@ -376,7 +404,7 @@ def _read_through(
     lost: list[Reject],
 ) -> Iterator[tuple[Segment, np.ndarray]]:
     "Each usable stretch, prepared, and its curves; what is left out goes to `lost`."
-    rate = picker.sampling_rate
+    rate = check_picker(picker).sampling_rate
     config = _checked(stream, config or PreprocessingConfig(rate, picker.config.window_length, 0.25), rate)
     stream, response = Stream([stream]) if isinstance(stream, Trace) else stream, getattr(lookup, "response", None)
     parts, rejects = segments(stream, config, getattr(lookup, "lookup", lookup))
@@ -464,9 +492,11 @@ class Picks:
         self,
         path: str | os.PathLike,  # `.csv`, `.parquet`, or `.xml` for QuakeML, in a folder or on S3
     ) -> None:
-        "Save the picks in the form that the name ends in; what was there is replaced."
+        "Save; detections are rows of that phase in Parquet, `NAME.detections.csv` beside a CSV, and not in QuakeML."
         store, name = store_of(path)
         store.write(name, _as_file(self, name))
+        if name.endswith(".csv"):
+            store.write(_beside(name), _detections_as_csv(self.detections))
 
     def to_catalog(self) -> quakeml.Catalog:  # one event that holds every pick
         "The picks as ObsPy keeps them; which of them belong to one earthquake is for an associator to say."
@@ -476,10 +506,10 @@ class Picks:
     @classmethod
     def read(
         cls,
-        path: str | os.PathLike,  # `.parquet`, as given to `write`
-    ) -> Picks:  # the picks, without detections
-        "Load a saved table."
-        return picks_of(read_table(path)[list(PICK_TABLE)].itertuples(index=False))
+        path: str | os.PathLike,  # `.parquet` or `.csv`, as given to `write`
+    ) -> Picks:  # picks and detections
+        "Load a saved table; one of another form is a ValueError."
+        return _read_back(path)
 
     @classmethod
     def join(
@@ -498,7 +528,9 @@ def _as_file(picks: Picks, name: str) -> bytes:
     "Picks in the form that a name ends in."
     written = io.BytesIO()
     if name.endswith(".parquet"):
-        picks.table.to_parquet(written, index=False)
+        found = picks.detections.rename(columns={"starttime": "time"}).assign(phase="detection", half_width=np.nan)
+        rows = [picks.table.assign(endtime=picks.table.time), found]
+        pd.concat([part for part in rows if len(part)] or rows[:1]).to_parquet(written, index=False)
     elif name.endswith(".csv"):
         picks.to_dataframe().to_csv(written, index=False)
     elif name.endswith(".xml"):
@@ -506,6 +538,34 @@ def _as_file(picks: Picks, name: str) -> bytes:
     else:
         raise ValueError(f"expected a name that ends in .csv, .parquet or .xml (QuakeML), got {name!r}")
     return written.getvalue()
+
+
+def _beside(name: str) -> str:
+    "Where the detections of a CSV of picks lie."
+    return f"{name.removesuffix('.csv')}.detections.csv"
+
+
+def _detections_as_csv(found: pd.DataFrame) -> bytes:
+    "Detections in the words of `to_dataframe`."
+    seed = found.network + "." + found.station + "." + found.location
+    start, end = pd.to_datetime(found.starttime), pd.to_datetime(found.endtime)
+    known = {"station": seed, "band": found.band, "start_time": start, "end_time": end}
+    return pd.DataFrame(known | {"probability": found.probability}).to_csv(index=False).encode()
+
+
+def _from_csv(written: bytes) -> list[tuple]:
+    "Rows of picks, or of detections, from a CSV of them."
+    table = pd.read_csv(io.BytesIO(written), dtype=str, keep_default_na=False)
+    ns = {k: pd.to_datetime(table[k], format="ISO8601") for k in ("time", "start_time", "end_time") if k in table}
+    codes = [code.split(".") for code in table.station]
+    columns = [[code[k] for code in codes] for k in range(3)] + [table.band, table.probability.astype(float)]
+    start, end = (ns[name].astype("datetime64[ns]") for name in ("start_time", "end_time"))
+    if "phase" not in table:
+        columns[4:4] = [start.astype("int64"), end.astype("int64")]
+    else:
+        half = (end - start) / pd.Timedelta(seconds=2)
+        columns[4:] = [table.phase, ns["time"].astype("datetime64[ns]").astype("int64"), columns[4], half]
+    return list(zip(*columns, strict=True))
 
 # %% ../nbs/18_inference.ipynb #18-061
 def picks_of(
@@ -519,6 +579,23 @@ def picks_of(
     kinds = {"starttime": "int64", "endtime": "int64", "probability": "float64"}
     found = pd.DataFrame(list(detections), columns=list(DETECTION_TABLE)).astype(kinds)
     return Picks(_in_order(table, "time"), _in_order(found, "starttime"), dict(rejects or {}))
+
+# %% ../nbs/18_inference.ipynb #new-abe225
+def _read_back(path: str | os.PathLike) -> Picks:
+    "What `Picks.write` has written."
+    store, name = store_of(path)
+    if not name.endswith((".parquet", ".csv")):
+        raise ValueError(f"expected a name that ends in .parquet or .csv, got {name!r}: QuakeML is read by ObsPy")
+    if name.endswith(".csv"):
+        try:
+            runs = _from_csv(store.read(_beside(name)))
+        except FileNotFoundError:  # somebody took the picks alone
+            runs = []
+        return picks_of(_from_csv(store.read(name)), runs)
+    rows = read_table(path)
+    found = rows.phase == "detection"
+    runs = rows[found].rename(columns={"time": "starttime"}).reindex(columns=DETECTION_TABLE)
+    return picks_of(rows.loc[~found, list(PICK_TABLE)].to_numpy(), runs.to_numpy())
 
 # %% ../nbs/18_inference.ipynb #18-062
 def _in_order(table: pd.DataFrame, time: str) -> pd.DataFrame:
@@ -562,14 +639,12 @@ def classify(
     stream: Stream | Trace,  # records in counts: any stations, rates, gaps, order; left as it is
     config: PreprocessingConfig | None = None,  # as of `annotate`
     lookup: Any = None,  # as of `annotate`
-    thresholds: Sequence[float] | None = None,  # least probability of a pick, one per phase; None: the picker's own
+    thresholds: float | Sequence[float] | None = None,  # least probability of a pick, or one per phase; None: its own
     blinding: float = 1 / 15,  # as of `annotate`
     batch_size: int = 4,  # windows at a time
 ) -> Picks:  # in order of time; none where nothing was found
     "Times of P and S waves, to a fraction of a sample."
-    thresholds = tuple(thresholds or picker.config.thresholds)
-    if len(thresholds) != len(picker.config.phases):
-        raise ValueError(f"expected a threshold for each of {', '.join(picker.config.phases)}, got {thresholds}")
+    thresholds = check_thresholds(picker, thresholds)
     picks: list[tuple] = []
     detections: list[tuple] = []
     lost: list[Reject] = []

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 from obspy import Stream, Trace
 from obspy.clients.seedlink.client.seedlinkconnection import SeedLinkConnection
+from obspy.clients.seedlink.seedlinkexception import SeedLinkException
 from obspy.clients.seedlink.slpacket import SLPacket
 
 from .data.preprocessing import PreprocessingConfig, Segment, prepare, read_miniseed, segments
-from .inference import Picks, anchored, picks_of, stitching_weights, window_curves
+from .inference import Picks, anchored, check_picker, check_thresholds, picks_of, stitching_weights, window_curves
 from .train.picking import Picker, find_picks
 
 # %% auto #0
@@ -33,6 +35,11 @@ class _Sums:
     curves: np.ndarray  # weighted sums; once final, curves; (curves, n)
     weight: np.ndarray  # (n,)
 
+    @property
+    def end(self) -> int:
+        "Number of the sample behind the last."
+        return self.first + len(self.weight)
+
     def add(self, start: int, curves: np.ndarray, weights: np.ndarray) -> None:
         "What one window says."
         grow = start + len(weights) - self.first - len(self.weight)
@@ -46,7 +53,7 @@ class _Sums:
 
     def settle(self, until: int) -> None:
         "Make the samples before one final."
-        until = min(until, self.first + len(self.weight))
+        until = min(until, self.end)
         span = slice(self.final - self.first, max(until, self.final) - self.first)
         known = self.weight[span] > 1e-6
         self.curves[:, span] = np.where(known, self.curves[:, span] / np.where(known, self.weight[span], 1), 0)
@@ -94,12 +101,12 @@ class StreamingPicker:
         delay: float = 5.0,  # how far the newest window ends behind a sample when its curve is final, s
         hop: float = 1.0,  # from window to window, s
         max_wait: float = 30.0,  # a component that is late by more is not waited for, s
-        thresholds: Sequence[float] | None = None,  # least probability of a pick, one per phase; None: the picker's own
+        thresholds: float | Sequence[float] | None = None,  # as of `classify`
         lookup: Any = None,  # as of `annotate`
         config: PreprocessingConfig | None = None,  # as of `annotate`; its overlap is that of `hop`
         blinding: float = 1 / 15,  # as of `annotate`; never more than `delay`
     ):
-        rate, length = picker.sampling_rate, picker.config.window_length
+        rate, length = check_picker(picker).sampling_rate, picker.config.window_length
         config = config or PreprocessingConfig(rate, length)
         overlap = 1 - hop / config.window_length
         if not (0 < hop < config.window_length and 0 < delay):
@@ -109,7 +116,7 @@ class StreamingPicker:
         self.picker, self.config = picker, dataclasses.replace(config, overlap=overlap)
         self.lookup, self.response = getattr(lookup, "lookup", lookup), getattr(lookup, "response", None)
         self.delay, self.hop, self.max_wait = delay, hop, max_wait
-        self.thresholds = tuple(thresholds or picker.config.thresholds)
+        self.thresholds = check_thresholds(picker, thresholds)
         blind = min(round(blinding * config.window_samples), round(delay * rate))
         self.weights = stitching_weights(config.window_samples, self.config.hop_samples, blind)
         self.instruments: dict[tuple[str, str, str, str], _Instrument] = {}
@@ -117,7 +124,11 @@ class StreamingPicker:
 
     @property
     def latency(self) -> float:  # s
-        "Longest time from a sample's arrival to its pick: delay, one hop, and the distance between picks."
+        """Longest time from a sample's arrival to its pick: delay, one hop, and the distance between picks.
+
+        At the start and behind a gap the first window has to fill: a window's length and a hop. What lies before a gap
+        is final `max_wait` and a hop later, since a late packet may yet close it.
+        """
         return self.delay + self.hop + self.picker.config.minimum_distance
 
     def feed(
@@ -148,6 +159,9 @@ def _advance(stream: StreamingPicker, codes: tuple[str, str, str, str], one: _In
     rate, config, rows = stream.picker.sampling_rate, stream.config, []
     length, hop, until = config.window_samples, config.hop_samples, one.come(stream.max_wait)
     newest = max(t.stats.endtime.ns for t in one.traces)
+    if one.sums is not None and newest - one.time(one.sums.end) > (stream.max_wait + stream.hop) * 1e9:
+        one.next = max(one.next, one.sums.end)  # a gap: what comes so late would tell the same picks again
+        rows += _settled(stream, codes, one, None)
     if one.sums is not None and until < one.time(one.next + length - 1):
         return []  # no window is complete: nothing to prepare
     for part in segments(Stream(one.traces), config, stream.lookup)[0]:
@@ -174,7 +188,7 @@ def _read(
 ) -> list[tuple]:
     "Add what windows say, in order, and settle what they leave behind."
     picker, length, rows = stream.picker, stream.config.window_samples, []
-    if one.sums is not None and starts[0] > one.sums.first + len(one.sums.weight):  # a gap: what lay before it is final
+    if one.sums is not None and starts[0] > one.sums.end:  # a gap: what lay before it is final
         rows += _settled(stream, codes, one, None)
     one.origin = first, ready.starttime, ready.sampling_rate
     if one.sums is None:
@@ -196,7 +210,7 @@ def _settled(stream: StreamingPicker, codes, one: _Instrument, until: int | None
     if sums is None:
         return []
     rate = one.origin[2]
-    end = sums.first + len(sums.weight) if until is None else until
+    end = sums.end if until is None else until
     sums.settle(end)
     final = sums.final if until is None else sums.final - round(settings.minimum_distance * rate)
     rows = []
@@ -212,18 +226,48 @@ def _settled(stream: StreamingPicker, codes, one: _Instrument, until: int | None
     return rows
 
 # %% ../nbs/20_realtime.ipynb #20-024
+_SILENCE = 120.0  # s without a byte after which a connection counts as lost
+_RETRY = 10.0  # s until a lost connection is made again
+
+
+class _Connection(SeedLinkConnection):
+    "ObsPy's client, which does not see that the other side has hung up."
+
+    def receive_data(self, maxbytes, code):
+        "Bytes of the server."
+        if not (data := super().receive_data(maxbytes, code)):
+            raise OSError("the server has closed the connection")
+        return data
+
+
 def seedlink(
     server: str,  # host:port
     streams: str,  # what is wanted, such as "GE_WLF:BH?,MN_AQU:HH?"
     timeout: float | None = None,  # s without a packet after which to end; None: never
 ) -> Iterator[Trace]:  # packets as they come
     "Packets of a SeedLink server; ends when the server says so, a lost connection is made again where it broke off."
-    connection = SeedLinkConnection(timeout=timeout)
+    limit = float("inf") if timeout is None else timeout
+    connection = _Connection(timeout=min(limit, _SILENCE))
+    connection.set_net_timeout(min(limit, _SILENCE))
+    connection.set_net_delay(min(limit / 4, _RETRY))
     connection.set_sl_address(server)
     connection.parse_stream_list(streams, "")
     connection.multistation = True
+    last, some = time.monotonic(), False
     try:
-        while (packet := connection.collect()) is not None and packet not in (SLPacket.SLTERMINATE, SLPacket.SLERROR):
+        while time.monotonic() - last < limit:
+            try:
+                packet = connection.collect()
+            except (SeedLinkException, OSError):
+                if not some:  # a server that never answered is a mistake, one that did may come back
+                    raise
+                time.sleep(connection.get_net_delay())
+                continue
+            if packet is SLPacket.SLTERMINATE and connection.terminate_flag:
+                continue  # nobody but the clock has ended it
+            if packet is None or packet in (SLPacket.SLTERMINATE, SLPacket.SLERROR):
+                return
             yield from read_miniseed(bytes(packet.msrecord))
+            last, some = time.monotonic(), True
     finally:
         connection.close()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import obspy
 import pandas as pd
 import pytest
 import torch
@@ -18,13 +19,17 @@ from gp2vec.models.gp2vec import GP2VecConfig
 from gp2vec.models.transformer import ContextConfig
 from gp2vec.train.evaluate_downstream import (
     CONTROL,
+    DEEP,
     PICKING_ARMS,
     TASKS,
+    DownstreamEvaluator,
     EvaluationConfig,
     PhaseNetPicker,
     _limit,
     evaluate,
     evaluate_picking,
+    run_evaluation,
+    told_fields,
 )
 from gp2vec.train.picking import (
     FitConfig,
@@ -43,8 +48,10 @@ from gp2vec.train.picking import (
     train_picker,
 )
 from gp2vec.train.probes import (
+    LabelledWindows,
     audit_split,
     crossed_folds,
+    known_times,
     label_onsets,
     mean_auc,
     read_onsets,
@@ -60,6 +67,7 @@ SMALL = GP2VecConfig.preset(
     feature_encoder=EncoderConfig(conv_layers=tuple(ConvLayer(32, kernel, 2) for kernel in (11, 7, 5))),
     context_encoder=ContextConfig(num_layers=1, num_heads=3, conv_pos=32, dropout=0.0),
 )
+QUICK = EvaluationConfig(fractions=(1.0,), seeds=(0,), resamples=1)
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +123,32 @@ def test_an_onset_stays_where_it_is_labelled(tmp_path, rate):
     assert abs(place - 3000) < 1e-6
     early, late = x[2000:2999].max(), x[3002:3012].max()
     assert early < 20 and late > 1000, (early, late)
+
+
+def test_mistakes_in_labels_are_said_in_a_sentence(tmp_path):
+    "Each names the file or column that is wrong, and what is expected of it."
+    good = {"trace_file": "a.npz", "network": "XX", "station": "A", "p_sample": 3000}
+    np.savez(tmp_path / "a.npz", data=np.random.default_rng(0).normal(size=(3, 6000)), sampling_rate=100.0)
+    np.savez(tmp_path / "no-rate.npz", data=np.ones((3, 6000)))
+    np.save(tmp_path / "plain.npy", np.ones((3, 6000)))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2000])
+    obspy.Stream([obspy.Trace(np.ones(6000, np.int32))]).write(tmp_path / "b.mseed", format="MSEED")
+    for change, wanted in (
+        ({"trace_file": "no-rate.npz"}, "no-rate.npz to be a NumPy file .npz .* got one without sampling_rate"),
+        ({"trace_file": "b.mseed"}, "b.mseed to be a NumPy file .npz .* something else"),
+        ({"trace_file": "plain.npy"}, "plain.npy to be a NumPy file .npz"),
+        ({"trace_file": "torn.npz"}, "torn.npz to be a NumPy file .npz"),
+        ({"p_sample": 6100}, "p_sample 61 s into a.npz, which is 60 s long"),
+        ({"p_sample": -3}, "p_sample -0.03 s into a.npz"),
+        ({"p_sample": "impulsive"}, "'impulsive' in p_sample: give a sample number"),
+    ):
+        pd.DataFrame([good | change]).to_csv(tmp_path / "picks.csv", index=False)
+        with pytest.raises(ValueError, match=wanted):
+            read_onsets(tmp_path)
+    for text in ("", "trace_file,network,station,p_sample\n"):
+        (tmp_path / "picks.csv").write_text(text)
+        with pytest.raises(ValueError, match="picks.csv names no record"):
+            read_onsets(tmp_path)
 
 
 def test_a_label_at_always_the_same_sample_is_not_learned(files, tmp_path):
@@ -241,6 +275,20 @@ def test_shares_of_the_labels_are_shares_of_the_events(onsets):
     assert set(_limit(onsets, 0.1, 0).table.event_id) != set(_limit(onsets, 0.1, 1).table.event_id)
 
 
+@pytest.mark.parametrize("told", (True, False))
+def test_a_place_in_a_file_is_not_taken_for_a_time(files, told):
+    "`start_time` is optional: without it nothing is split by time, and the tables do not say so."
+    table = pd.read_csv(files / "picks.csv")
+    (table if told else table.drop(columns="start_time")).to_csv(files / "timed.csv", index=False)
+    onsets = read_onsets(files / "timed.csv")
+    windows = onsets.windows(8.0)
+    assert (known_times(windows.table) is not None) == told
+    config = EvaluationConfig(fractions=(1.0,), seeds=(0,), resamples=1, picking_fractions=(1.0,), arms=("STA/LTA",))
+    wanted = "event and station" + " and time" * told
+    assert set(evaluate(untrained(SMALL), windows, "phase", config).split) == {wanted}
+    assert set(evaluate_picking(untrained(SMALL), onsets, config)[0].split) == {wanted}
+
+
 # Scores
 
 
@@ -262,7 +310,9 @@ def test_the_table_counts_what_was_tested(onsets):
     windows = onsets.windows(8.0)
     table = TASKS["phase"].select(windows)[0].table
     settings = {"fractions": (1.0,), "seeds": (0,), "resamples": 1}
-    found = evaluate(untrained(SMALL), windows, "phase", EvaluationConfig(**settings, never_test=("S01", "S02"))).iloc[0]
+    found = evaluate(untrained(SMALL), windows, "phase", EvaluationConfig(**settings, never_test=("S01", "S02"))).iloc[
+        0
+    ]
     tested = table[~table.station.isin(["S01", "S02"])]
     assert (found.windows, found.events, found.stations) == (len(tested), tested.event_id.nunique(), 7)
     count = tested.label.value_counts()
@@ -270,6 +320,112 @@ def test_the_table_counts_what_was_tested(onsets):
     one = windows.take(((windows.table.label != "S") | (windows.table.station == "S03")).to_numpy())
     with pytest.raises(ValueError, match="to test"):
         evaluate(untrained(SMALL), one, "phase", EvaluationConfig(**settings))
+
+
+def test_polarity_is_asked_of_p_alone(onsets):
+    "A record's polarity stands in the row of its S and noise windows too."
+    windows = onsets.windows(8.0)
+    windows.table["polarity"] = np.where(windows.table.event_id.str[-1].isin(list("02468")), "up", "down")
+    subset, answer = TASKS["polarity"].select(windows)
+    assert set(subset.table.label) == {"P"} and 0 < answer.mean() < 1
+    found = DownstreamEvaluator(untrained(SMALL), QUICK).evaluate("polarity", *arrays(subset, subset.table.polarity))
+    assert found.windows[0] == len(subset)
+
+
+def arrays(windows, answers):
+    return (
+        windows.waveforms,
+        answers,
+        {name: windows.table[name] for name in ("event_id", "network", "station", "time")},
+    )
+
+
+def test_classes_may_be_named_or_counted(onsets):
+    windows = onsets.windows(8.0)
+    evaluator, yes = DownstreamEvaluator(untrained(SMALL), QUICK), (windows.table.label != "noise").to_numpy()
+    first = evaluate(untrained(SMALL), windows, "event", QUICK)
+    for answers in (yes, yes.astype(int).tolist(), torch.tensor(yes), np.where(yes, "event", "noise")):
+        found = evaluator.evaluate("event", *arrays(windows, answers))
+        assert np.allclose(found.value, first.value, atol=0.02) and found.classes.equals(first.classes)
+    p = windows.only("P")
+    even = p.table.event_id.str[-1].isin(list("02468"))
+    assert evaluator.evaluate("polarity", *arrays(p, even)).classes[0] == f"{even.sum()} up, {(~even).sum()} down"
+
+
+def test_a_question_with_one_answer_is_refused(onsets):
+    "In place of NaN, or of a perfect score for every arm."
+    windows, evaluator = onsets.windows(8.0), DownstreamEvaluator(untrained(SMALL), QUICK)
+    few = windows.only("P", "S")
+    ask = evaluator.evaluate
+    for wanted, call in (
+        ("'event' needs two classes, and its [0-9]+ windows are all P or S: give some that are noise",
+         lambda: ask("event", *arrays(few, ["event"] * len(few)))),
+        ("'phase' needs two classes", lambda: ask("phase", *arrays(few, ["P"] * len(few)))),
+        ("all normal: give some that are tremor",
+         lambda: evaluator.evaluate_tremor_detection(*arrays(few, [0] * len(few)))),
+        ("two bins [(]edges 9[)] or more",
+         lambda: evaluator.evaluate_magnitude(*arrays(few, few.table.magnitude), bins=(9.0,))),
+        ("tasks are event.*not 'evnt'", lambda: ask("evnt", *arrays(few, few.table.label))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+# Heads on windows
+
+
+def test_every_way_to_train_on_windows_finds_a_planted_signal():
+    "Half of the windows of noise hold a ringing somewhere: a frozen model with a head, and those that may move, tell."
+    rng, n = np.random.default_rng(0), 200
+    x, ringing = rng.normal(size=(n, 3, 600)), np.arange(n) % 2 == 0
+    pulse = 3 * np.sin(2 * np.pi * 12 * np.arange(300) / 100) * np.hanning(300)
+    for k in np.flatnonzero(ringing):
+        at = rng.integers(0, 300)
+        x[k, :, at : at + 300] += pulse
+    known = {"event_id": [f"e{k // 10}" for k in range(n)], "network": "XX", "label": np.where(ringing, "S", "P")}
+    table = pd.DataFrame(known | {"station": [f"S{k % 7}" for k in range(n)]})
+    windows = LabelledWindows(x.astype(np.float32), table)
+    fit = FitConfig(steps=30, batch_size=24, learning_rate=2e-2, rank=2)
+    config = replace(QUICK, protocols=DEEP, fit=fit)
+    model = untrained(SMALL)
+    found = evaluate(model, windows, "phase", config)
+    assert set(found.protocol) == {"attentive", "last", "adapters", "all"} and len(found) == 8
+    assert (found.value > 0.8).all(), found[["protocol", "arm", "value"]]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untrained(SMALL).parameters(), strict=True))
+    mixed = LabelledWindows(windows.waveforms, table.assign(label=rng.permutation(table.label)))
+    luck = evaluate(model, mixed, "phase", replace(config, protocols=("adapters",)))
+    assert (abs(luck.value - 0.5) < 0.2).all(), "labels that mean nothing teach nothing"
+
+
+# Metadata
+
+
+def test_a_shortcut_by_metadata_is_told_and_found_out(onsets):
+    "Where only a told field knows the answer, the arm that is told gains, and not the one told of another station."
+    windows = onsets.windows(8.0).only("P", "S")
+    rng = np.random.default_rng(0)
+    windows.waveforms = rng.normal(size=windows.waveforms.shape).astype(np.float32)
+    place = rng.permutation(np.arange(len(windows)) % 40)  # of each window, so that every station has both answers
+    windows.table["elevation"] = 50.0 * place
+    windows.table["label"] = np.where(place < 20, "P", "S")
+    model = untrained(replace(SMALL, conditioning=replace(SMALL.conditioning, fields=("elevation",))))
+    table = evaluate(model, windows, "phase", replace(QUICK, layer=None, resamples=50)).set_index("arm")
+    assert table.value["gp2vec, with metadata"] > 0.9 and table.gain_low["gp2vec, with metadata"] > 0.2
+    assert abs(table.value["gp2vec, with shuffled metadata"] - 0.5) < 0.1
+
+
+def test_arms_that_would_be_told_the_same_are_left_out_and_pages_say_what_was_told(onsets, tmp_path):
+    model, windows = untrained(SMALL), onsets.windows(8.0).only("P", "S")
+    windows.table["sampling_rate"] = 100.0
+    assert not any("metadata" in arm for arm in evaluate(model, windows, "phase", QUICK).arm)
+    windows.table["elevation"] = pd.factorize(windows.table.station)[0] * 10.0
+    assert told_fields(model, windows.table) == ["elevation", "sampling_rate"]
+    windows.table["sampling_rate_of_record"] = windows.table.pop("sampling_rate")
+    windows.write(tmp_path / "data")
+    run_evaluation(model, tmp_path / "data", tmp_path / "out", replace(QUICK, tasks=("magnitude",)))
+    page = (tmp_path / "out" / "magnitude.md").read_text()
+    assert "The arms with metadata are told: elevation." in page and "gp2vec, with shuffled metadata" in page
+    assert "There is no noise-only control: no noise window carries a magnitude" in page
 
 
 # Pickers
@@ -302,10 +458,17 @@ def test_intervals_cover_what_they_promise_at_stations_never_seen():
     told = coverage(picker, match_picks(find_candidates(picker, own), own.table)).query("snr == 'all'")
     assert set(told.phase) == {"P", "S"} and told.covered.between(0.89, 0.96).all(), "neither too narrow nor too wide"
     windows = onsets.take(parts["test"]).crops(15.0)
-    told = coverage(picker, match_picks(find_candidates(picker, windows), windows.table), (0.0, 10.0, np.inf))
-    p = told[told.phase == "P"].set_index("snr")
-    assert p.picks["all"] > 40 and p.high["all"] >= 0.9 and p.covered["all"] >= 0.8, told
-    assert (p.high >= 0.85).all(), told
+    found = match_picks(find_candidates(picker, windows), windows.table)
+    told = coverage(picker, found, (0.0, 10.0, np.inf)).set_index(["phase", "snr"])
+    mine = told.loc[[("P", "all"), ("P", "0 to 10"), ("P", "10 to inf"), ("S", "all")]]
+    assert (mine.picks >= 25).all() and mine.picks["P", "all"] > 100
+    assert ((mine.low <= 0.9) & (mine.high >= 0.9)).all(), told
+    for factor in (0.1, 2.0):  # so many picks tell widths that are wrong
+        wrong = tuple(one._replace(half_width=factor * one.half_width) for one in picker.config.intervals)
+        picker.config, right = replace(picker.config, intervals=wrong), picker.config
+        p = coverage(picker, found).set_index(["phase", "snr"]).loc["P", "all"]
+        assert not p.low <= 0.9 <= p.high, (factor, p)
+        picker.config = right
 
 
 @pytest.mark.parametrize("tune", ("head", "last", "adapters", "all"))

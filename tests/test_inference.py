@@ -23,6 +23,7 @@ from gp2vec.inference import Embeddings, Picks, annotate, as_seisbench, classify
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
 from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
 from gp2vec.models.transformer import ContextConfig
+from gp2vec.realtime import StreamingPicker
 from gp2vec.train.picking import Picker, PickerConfig
 
 
@@ -92,6 +93,64 @@ def test_curves_of_the_command_are_those_of_the_function(archive, picker):
         letters = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
         other = written.select(station=trace.stats.station, channel=letters)
         assert len(other) == 1 and np.allclose(other[0].data, trace.data, atol=1e-5)
+
+
+@pytest.mark.parametrize("loud", (True, False))
+def test_a_file_that_is_no_good_is_named_and_the_others_are_written(archive, tmp_path, loud, capsys):
+    folder, stream = archive
+    stream.select(station="S01").write(tmp_path / "good.mseed", format="MSEED")
+    (tmp_path / "bad.csv").write_text("station,time\n")
+    words = ["classify", str(folder / "picker"), str(tmp_path / "good.mseed"), str(tmp_path / "bad.csv")]
+    status = cli.main([*words, "--output", str(tmp_path / "p.parquet"), *([] if loud else ["--quiet"])])
+    said = capsys.readouterr().err
+    assert status == 1 and len(Picks.read(tmp_path / "p.parquet")) > 3
+    assert f"gp2vec: left out was {tmp_path / 'bad.csv'}: " in said and "miniSEED" in said
+    assert ".parquet:" not in said and "_csv-" not in said, "no part of ours is named"
+    assert not (tmp_path / "p.parquet.parts").exists()
+    assert cli.main([*words[:2], words[3], "--output", str(tmp_path / "q.csv"), "--quiet"]) == 2
+    assert f"{tmp_path / 'bad.csv'}: " in capsys.readouterr().err
+
+
+def test_a_folder_of_loose_files_is_read(archive, tmp_path, capsys):
+    folder, stream = archive
+    for trace in stream:
+        trace.write(tmp_path / f"{trace.id}.mseed", format="MSEED")
+    (tmp_path / "notes.txt").write_text("no record")
+    output = tmp_path / "p.csv"
+    assert cli.main(["classify", str(folder / "picker"), str(tmp_path), "--output", str(output), "--quiet"]) == 0
+    assert set(Picks.read(output).table.station) == {"S01", "S02", "S03"}
+    (tmp_path / "empty").mkdir()
+    words = ["classify", str(folder / "picker"), str(tmp_path / "empty"), "--output", str(output), "--quiet"]
+    assert cli.main(words) == 2 and "name the files themselves" in capsys.readouterr().err
+
+
+def test_picks_and_detections_come_back(archive, picker, tmp_path):
+    folder, stream = archive
+    picks = classify(picker, stream, thresholds=0.3 * min(picker.config.thresholds))
+    assert len(picks.detections) > 3
+    none = classify(picker, stream, thresholds=1.0)
+    for made in (picks, none):
+        for end in ("parquet", "csv"):
+            made.write(tmp_path / f"p.{end}")
+            again = Picks.read(tmp_path / f"p.{end}")
+            pd.testing.assert_frame_equal(again.detections, made.detections)
+            pd.testing.assert_frame_equal(again.table, made.table)
+    assert len(pd.read_csv(tmp_path / "p.csv")) == len(none)
+    (tmp_path / "p.detections.csv").unlink()
+    assert len(Picks.read(tmp_path / "p.csv")) == len(none)
+
+
+def test_one_threshold_is_for_all_phases_and_a_model_is_no_picker(archive, picker):
+    _, stream = archive
+    level = picker.config.thresholds[0]
+    both = classify(picker, stream, thresholds=(level, level)).table
+    pd.testing.assert_frame_equal(classify(picker, stream, thresholds=level).table, both)
+    assert StreamingPicker(picker, thresholds=level).thresholds == (level, level)
+    for call in (annotate, classify, lambda model, stream: StreamingPicker(model)):
+        with pytest.raises(ValueError, match="expected a Picker, got GP2Vec.*train_picker or gp2vec adapt"):
+            call(picker.model, stream)
+    with pytest.raises(ValueError, match="one threshold, or one for each of P, S"):
+        StreamingPicker(picker, thresholds=(0.1, 0.2, 0.3))
 
 
 def test_the_shipped_model_embeds_by_its_name(archive):
@@ -177,7 +236,8 @@ def test_outputs_on_s3_are_resumed_and_leave_nothing_else(archive, picker, verb,
     store.write(f"out.{end}.parts.txt", b"another's")
     assert cli.main(words) == 2 and len(store.find(f"out.{end}.parts/")) == 2
     assert cli.main(words) == 0 and len(given) == 4 and given[2] == given[3], "only what was missing is done"
-    assert set(store.find()) == {f"out.{end}", f"out.{end}.parts.txt"} and set(folder.rglob("*")) == here
+    beside = {"out.detections.csv"} if end == "csv" else set()
+    assert set(store.find()) == {f"out.{end}", f"out.{end}.parts.txt"} | beside and set(folder.rglob("*")) == here
     assert cli.main([*words[:4], f"local.{end}", "--quiet"]) == 0
     assert store.read(f"out.{end}") == Path(f"local.{end}").read_bytes() or end in ("parquet", "xml")
     assert not Path(f"local.{end}.parts").exists() and len(store.read(f"out.{end}")) > 1000

@@ -53,6 +53,7 @@ from gp2vec.train.probes import (
     event_draws,
     frozen_features,
     handcrafted,
+    known_times,
     mean_auc,
     read_onsets,
     split_parts,
@@ -63,10 +64,10 @@ from gp2vec.train.probes import (
 # %% auto #0
 __all__ = ['Choice', 'TASKS', 'SMALLER', 'SKLEARN', 'PROTOCOLS', 'DEEP', 'CONTROL', 'MEAN', 'SCRATCH', 'RESULT_COLUMNS', 'Maker',
            'PICKING_ARMS', 'Task', 'split_names', 'targets', 'score', 'AttentiveHead', 'WindowModel', 'fit_windows',
-           'tell_windows', 'feature_arms', 'EvaluationConfig', 'evaluate', 'noise_only', 'HandcraftedFrames',
-           'PhaseNetPicker', 'evaluate_picking', 'plot_results', 'plot_efficiency', 'plot_residuals', 'reliability',
-           'plot_reliability', 'write_results', 'read_data', 'possible_tasks', 'run_evaluation', 'as_windows',
-           'DownstreamEvaluator']
+           'tell_windows', 'told_fields', 'feature_arms', 'EvaluationConfig', 'evaluate', 'noise_only',
+           'HandcraftedFrames', 'PhaseNetPicker', 'evaluate_picking', 'plot_results', 'plot_efficiency',
+           'plot_residuals', 'reliability', 'plot_reliability', 'write_results', 'read_data', 'possible_tasks',
+           'run_evaluation', 'as_windows', 'DownstreamEvaluator']
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-008
 Choice = Callable[[LabelledWindows], tuple[LabelledWindows, np.ndarray]]
@@ -80,6 +81,7 @@ class Task:
     positive: tuple[str, ...] = ()  # values of `column` in the positive class
     negative: tuple[str, ...] = ()  # values in the other class; with a target: labels to leave out
     column: str = "label"  # of the table, that holds the classes
+    only: tuple[str, ...] = ()  # labels of the windows that take part; none: all
     target: str | None = None  # column with the number to tell, for a regression
     bins: tuple[float, ...] = ()  # edges: tell the bin of the target and not the number itself
     angle: bool = False  # the target is in degrees, and 360 is 0
@@ -91,6 +93,8 @@ class Task:
         windows: LabelledWindows,  # all there are
     ) -> tuple[LabelledWindows, np.ndarray]:  # those that take part; answers, (n,): bool, int for bins, else float
         "The windows of this task and the right answers; a task that finds none is a ValueError."
+        there = ", ".join(sorted(set(windows.table.label.astype(str)))) or "no labels"
+        windows = windows.only(*self.only) if self.only else windows
         if self.choose is not None:
             subset, answer = self.choose(windows)
         elif self.target is None:
@@ -101,10 +105,7 @@ class Task:
             answer = subset.table[self.target].to_numpy(dtype=float)
             answer = np.unique(np.digitize(answer, self.bins), return_inverse=True)[1] if self.bins else answer
         if not len(subset):
-            there = ", ".join(sorted(set(windows.table.label.astype(str)))) or "no labels"
-            raise ValueError(
-                f"the task {self.name!r} finds no window among {len(windows)} labelled {there}: label some"
-            )
+            raise ValueError(f"the task {self.name!r} finds no window among those labelled {there}: label some")
         return subset, np.asarray(answer)
 
 
@@ -126,7 +127,7 @@ def _with_target(windows: LabelledWindows, target: str, leave_out: Sequence[str]
 TASKS: dict[str, Task] = {
     "event": Task("event", positive=("P", "S"), negative=("noise",)),
     "phase": Task("phase", positive=("S",), negative=("P",)),
-    "polarity": Task("polarity", positive=("up",), negative=("down",), column="polarity"),
+    "polarity": Task("polarity", positive=("up",), negative=("down",), column="polarity", only=("P",)),
     "tremor": Task("tremor", positive=("tremor",), negative=("normal",)),
     "magnitude": Task("magnitude", negative=("noise",), target="magnitude", beside=("log_scale",)),
     "magnitude_bins": Task(
@@ -340,8 +341,18 @@ RESULT_COLUMNS = (
         "gain_high",
         "seed_sd",
     ),
-    *("windows", "events", "stations", "split"),  # what the answer rests on, and what the split kept apart
+    *("windows", "events", "stations", "classes"),  # what was tested, and of which kinds
+    "split",  # what was kept apart
 )
+
+
+def told_fields(
+    model: GP2Vec,  # says what it can be told
+    table: pd.DataFrame,  # of windows
+) -> list[str]:  # names; none where they are the same for all windows
+    "What the arms with metadata are told: where all is constant, there is nothing to tell or to shuffle."
+    known = [f for f in model.config.conditioning.fields if f in table and f != "log_scale" and table[f].notna().any()]
+    return known if any(table[f].nunique(dropna=False) > 1 for f in known) else []
 
 
 def feature_arms(
@@ -362,8 +373,7 @@ def feature_arms(
         CONTROL: frozen_features(twin, windows.waveforms, layer),
         "handcrafted": handcrafted(windows.waveforms, windows.sampling_rate),
     }
-    known = [f for f in model.config.conditioning.fields if f in windows.table and windows.table[f].notna().any()]
-    told = {f: windows.table[f].to_numpy(dtype=np.float32) for f in known if f != "log_scale"}
+    told = {f: windows.table[f].to_numpy(dtype=np.float32) for f in told_fields(model, windows.table)}
     if told:
         mixed = np.random.default_rng(seed).permutation(len(windows))
         arms["gp2vec, with metadata"] = frozen_features(model, windows.waveforms, layer, metadata=told)
@@ -417,10 +427,16 @@ def _usable_folds(folds: Sequence[tuple[np.ndarray, np.ndarray]], answer: np.nda
     "Folds that can be learned from and judged; none is a ValueError."
     classes, least = (np.unique(answer), 2) if answer.dtype.kind in "biu" else (np.zeros(1), 4)
     kinds = answer if answer.dtype.kind in "biu" else np.zeros(len(answer))
-    good = [(a, b) for a, b in folds if len(b) and all((kinds[a] == c).sum() >= least for c in classes)]
+    wanted = len(classes) if answer.dtype == bool else 1  # an AUC compares the classes of one fold
+    good = [
+        (a, b)
+        for a, b in folds
+        if len(np.unique(kinds[b])) >= wanted and all((kinds[a] == c).sum() >= least for c in classes)
+    ]
     if not good:
         raise ValueError(
-            f"no fold of {len(answer)} windows has something to test and {least} training windows "
+            f"no fold of {len(answer)} windows has {'both classes' if wanted > 1 else 'something'} to test "
+            f"and {least} training windows "
             f"{'of each class' if len(classes) > 1 else 'or more'}: label more events and stations"
         )
     return good
@@ -478,6 +494,46 @@ def _summarise(values: Mapping[tuple, list[pd.DataFrame]], control: Callable[[tu
             rows.append(row | dict(zip(names, ends, strict=True)))
     return pd.DataFrame(rows)
 
+
+def _classes(task: Task, answer: np.ndarray) -> str:
+    "How many windows are of each class; nothing for numbers."
+    if answer.dtype == bool:
+        sides = ("/".join(task.positive) or "positive", "/".join(task.negative) or "negative")
+        return f"{answer.sum()} {sides[0]}, {(~answer).sum()} {sides[1]}"
+    return f"{', '.join(map(str, np.bincount(answer)))} by bin" if answer.dtype.kind in "iu" else ""
+
+
+def _rests_on(table: pd.DataFrame, split: str, classes: str) -> dict[str, Any]:
+    "What an answer rests on; `table` holds the windows that were tested."
+    stations = table[["network", "station"]].dropna(subset="station").drop_duplicates()
+    counts = {"windows": len(table), "events": table.event_id.nunique(), "stations": len(stations)}
+    return counts | {"classes": classes, "split": split}
+
+
+def _task(task: str | Task) -> Task:
+    "A task by its name."
+    if isinstance(task, str) and task not in TASKS:
+        raise ValueError(f"tasks are {', '.join(TASKS)}, not {task!r}: name one of them or give a Task")
+    return TASKS[task] if isinstance(task, str) else task
+
+
+def _at_least_two(task: Task, answer: np.ndarray) -> None:
+    "Answers that are all of one class are a ValueError."
+    if answer.dtype.kind not in "biu" or len(np.unique(answer)) > 1:
+        return
+    what = f"bins (edges {', '.join(f'{edge:g}' for edge in task.bins)})" if task.bins else "classes"
+    if task.bins or not task.positive:
+        raise ValueError(
+            f"the task {task.name!r} needs two {what} or more among the answers, and all {len(answer)} are in one: "
+            f"give windows of another or change the {'edges' if task.bins else 'task'}"
+        )
+    sides = " or ".join(task.positive), " or ".join(task.negative)
+    there, other = sides if answer[0] else sides[::-1]
+    raise ValueError(
+        f"the task {task.name!r} needs two classes, and its {len(answer)} windows are all {there}: "
+        f"give some that are {other}"
+    )
+
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-028
 def evaluate(
     model: GP2Vec,  # pretrained; left as it is
@@ -486,23 +542,24 @@ def evaluate(
     config: EvaluationConfig = EvaluationConfig(fractions=(1.0,)),  # noqa: B008  frozen, so safe to share
 ) -> pd.DataFrame:  # a row per protocol, arm, number of labels and metric, columns `RESULT_COLUMNS`
     "Ask one question of the model and of all that it is to be compared with; gains are over the control."
-    if isinstance(task, str) and task not in TASKS:
-        raise ValueError(f"tasks are {', '.join(TASKS)}, not {task!r}: name one of them or give a Task")
+    task = _task(task)
     for protocol in config.protocols:
         if protocol not in PROTOCOLS and protocol not in DEEP:
             raise ValueError(f"protocols are {', '.join((*PROTOCOLS, *DEEP))}, not {protocol!r}: name one of them")
-    task = TASKS[task] if isinstance(task, str) else task
     subset, answer = task.select(windows)
+    _at_least_two(task, answer)
     table, split = split_names(subset.table)
-    split += " and time" if {"start", "time"} & set(table) else ""
+    split += " and time" if known_times(table) is not None else ""
     columns = [subset.table[name].to_numpy(dtype=float) for name in task.beside if name in subset.table]
     beside = np.stack(columns, 1) if columns else np.zeros((len(subset), 0))
     target, numbers = targets(answer, task.angle), answer.dtype != bool
     draws = event_draws(table.event_id, config.resamples, config.seeds[0])
     values: dict[tuple, list[pd.DataFrame]] = {}
     labels: dict[tuple, float] = {}
+    tested: set[int] = set()
     for seed in config.seeds:
         folds = _usable_folds(crossed_folds(table, seed, config.never_test), answer)
+        tested |= {row for _, test in folds for row in test}
         features = feature_arms(model, subset, config.layer, seed)
         for protocol in config.protocols:
             for name, arm in _arms(model, protocol, features, numbers, seed).items():
@@ -514,13 +571,7 @@ def evaluate(
     result = _summarise(values, lambda key: (key[0] if key[0] != "all" else "linear", CONTROL, key[2]))
     parts = pd.DataFrame(result.pop("key").tolist(), columns=["protocol", "arm", "fraction"])
     parts["labels"] = [labels[key] for key in zip(parts.protocol, parts.arm, parts.fraction, strict=True)]
-    stations = subset.table[["network", "station"]].dropna(subset="station").drop_duplicates()
-    rests = {
-        "windows": len(subset),
-        "events": subset.table.event_id.nunique(),
-        "stations": len(stations),
-        "split": split,
-    }
+    rests = _rests_on(subset.table.iloc[sorted(tested)], split, _classes(task, answer[sorted(tested)]))
     found = pd.concat([parts, result], axis=1).assign(task=task.name, **rests)[list(RESULT_COLUMNS)]
     same = ["protocol", "arm", "labels", "metric"]  # small shares of few labels are the fewest that can be learned from
     return found.drop_duplicates(same, ignore_index=True)
@@ -533,6 +584,8 @@ def noise_only(
 
     def before(windows: LabelledWindows) -> tuple[LabelledWindows, np.ndarray]:
         noise = _with_target(windows.only("noise"), str(task.target), ())
+        if not len(noise):
+            raise ValueError(f"no noise window carries a {task.target}: label records that begin well before P")
         answer = noise.table[task.target].to_numpy(dtype=float)
         return noise, np.unique(np.digitize(answer, task.bins), return_inverse=True)[1] if task.bins else answer
 
@@ -621,7 +674,7 @@ class PhaseNetPicker(PickingNetwork):
 def _head_on(frames: Any, train: LabelledOnsets, config: EvaluationConfig, fit: FitConfig) -> Picker:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
-        picker = Picker(frames, config.picker)
+        picker = Picker(frames, replace(config.picker, layer=0))
         fit_picker(picker, train, fit)
     return picker
 
@@ -638,7 +691,7 @@ Maker = Callable[[GP2Vec, LabelledOnsets, EvaluationConfig, FitConfig], Any]
 PICKING_ARMS: dict[str, Maker] = {  # name -> (model, training part, config, fit) -> picker
     "gp2vec": lambda m, t, c, f: train_picker(m, t, None, c.picker, f),
     CONTROL: lambda m, t, c, f: train_picker(untrained(m.config, f.seed), t, None, c.picker, f),
-    "handcrafted": lambda m, t, c, f: _head_on(HandcraftedFrames(m), t, c, f),
+    "handcrafted": lambda m, t, c, f: _head_on(HandcraftedFrames(m), t, c, f),  # one layer, so to speak
     "STA/LTA": lambda m, t, c, f: StaLta(c.picker, t.sampling_rate),
     SCRATCH: lambda m, t, c, f: train_picker(
         untrained(m.config, f.seed), t, None, c.picker, replace(f, tune="all", backbone_factor=1.0)
@@ -676,6 +729,10 @@ def evaluate_picking(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # table, columns `RESULT_COLUMNS`; picks of all labels, by arm and seed
     "Train the same head on all arms, tune it on one part of the records and judge it on another."
     onsets = onsets.picked()
+    table, split = split_names(onsets.table)
+    split += " and time" if known_times(table) is not None else ""
+    unknown = [name for name in ("event", "station") if name not in split]
+    onsets = LabelledOnsets(onsets.records, table, onsets.sampling_rate)
     parts = split_parts(onsets.table, config.shares, config.never_test)
     train, dev, test = (onsets.take(parts[name]) for name in ("train", "dev", "test"))
     windows = test.crops(config.picker.window_length, seed=config.seeds[0])
@@ -699,10 +756,9 @@ def evaluate_picking(
     result = _summarise(values, lambda key: (CONTROL, key[1]))
     who = pd.DataFrame(result.pop("key").tolist(), columns=["arm", "fraction"])
     who["labels"] = [labels[key] for key in zip(who.arm, who.fraction, strict=True)]
-    rests = {"windows": len(windows), "events": test.table.event_id.nunique(), "stations": test.table.station.nunique()}
-    table = pd.concat([who, result], axis=1).assign(
-        task="picking", protocol="picker", split="event, station, time", **rests
-    )
+    rests = _rests_on(windows.table, split, f"{windows.table.P.count()} P, {windows.table.S.count()} S")
+    rests |= {f"{name}s": 0 for name in unknown}
+    table = pd.concat([who, result], axis=1).assign(task="picking", protocol="picker", **rests)
     return table[list(RESULT_COLUMNS)], pd.concat(picks, ignore_index=True)
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-053
@@ -840,6 +896,7 @@ def write_results(
     folder: str | os.PathLike,  # made where it is absent
     task: str,  # name of the files
     picks: pd.DataFrame | None = None,  # of `evaluate_picking`
+    notes: Sequence[str] = (),  # sentences for the page
 ) -> list[Path]:  # the CSV, the Markdown page, the figures
     "Write `task.csv`, `task.md` (table and verdicts), `task.png`, and what else there is to draw."
     folder = Path(folder)
@@ -853,17 +910,19 @@ def write_results(
         picks.to_csv(folder / f"{task}-picks.csv", index=False)
     paths = [folder / f"{task}.csv", folder / f"{task}.md"]
     table.to_csv(paths[0], index=False)
-    paths[1].write_text(_markdown(table, task), encoding="utf-8")
+    paths[1].write_text(_markdown(table, task, notes), encoding="utf-8")
     for name, figure in figures.items():
         paths.append(folder / f"{task}{name}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
 
 
-def _markdown(table: pd.DataFrame, task: str) -> str:
+def _markdown(table: pd.DataFrame, task: str, notes: Sequence[str]) -> str:
     "A page with a table and what it says."
     first = table.iloc[0]
-    rests = f"{first.windows} windows, {first.events} events, {first.stations} stations; split by {first.split}."
+    kinds = first.get("classes")
+    kinds = f" ({kinds})" if isinstance(kinds, str) and kinds else ""  # a table that was read from a file has NaN
+    rests = f"{first.windows} windows{kinds}, {first.events} events, {first.stations} stations; split by {first.split}."
     lines = [f"# {task}", "", rests, ""]
     lines += [
         "| protocol | arm | labels | metric | value | 95 % interval | gain | 95 % interval | seeds ± |",
@@ -880,7 +939,7 @@ def _markdown(table: pd.DataFrame, task: str) -> str:
     for _, row in table[(table.arm != CONTROL) & (table.metric == main) & table.gain.notna()].iterrows():
         said = verdict(row, CONTROL).replace(" AUC,", f" gain in {row.metric},")
         lines.append(f"- {row.labels:.0f} labels, {row.protocol}: {said}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-072
 def read_data(
@@ -933,17 +992,26 @@ def run_evaluation(
             tables[name], picks = evaluate_picking(model, onsets, config, progress)
             write_results(tables[name], output, name, picks)
             continue
-        tables[name] = evaluate(model, windows, name, config)
-        if TASKS[name].target and (windows.table.label == "noise").any() and name in possible:
-            control = replace(config, fractions=(1.0,), protocols=config.protocols[:1])
-            try:
-                tables[name] = pd.concat(
-                    [tables[name], evaluate(model, windows, noise_only(TASKS[name]), control)], ignore_index=True
-                )
-            except ValueError as error:  # too little noise that carries an answer
-                progress(f"{name}: no noise-only control ({error})")
-        write_results(tables[name], output, name)
+        tables[name], notes = _asked(model, windows, TASKS[name], config, name in possible)
+        for note in notes:
+            progress(f"{name}: {note}")
+        write_results(tables[name], output, name, notes=notes)
     return tables
+
+# %% ../../nbs/17_train.evaluate_downstream.ipynb #new-84b6c5
+def _asked(
+    model: GP2Vec, windows: LabelledWindows, task: Task, config: EvaluationConfig, control: bool
+) -> tuple[pd.DataFrame, list[str]]:
+    "The table of a task, with that of the noise before the events where it is wanted; what is to be said of both."
+    table, fields = evaluate(model, windows, task, config), told_fields(model, task.select(windows)[0].table)
+    notes = [f"The arms with metadata are told: {', '.join(fields)}."] if fields else []
+    if task.target and control:
+        once = replace(config, fractions=(1.0,), protocols=config.protocols[:1])
+        try:
+            table = pd.concat([table, evaluate(model, windows, noise_only(task), once)], ignore_index=True)
+        except ValueError as error:  # too little noise that carries an answer
+            notes.append(f"There is no noise-only control: {error}.")
+    return table, notes
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-075
 def as_windows(
@@ -984,6 +1052,14 @@ def _two_classes(labels: Any, names: tuple[str, str], what: str) -> list[str]:
         )
     return [known[value] for value in values]
 
+
+def _named(values: Sequence[Any], task: Task) -> list[Any]:
+    "0 and 1, False and True, and `event` of the task of that name, as the names of classes; others stay."
+    known = {0: task.negative[0], 1: task.positive[0]} if task.negative else {}
+    known |= {"event": task.positive[0]} if task.name == "event" else {}
+    names = (*task.positive, *task.negative)
+    return [value if value in names else known.get(value, value) for value in values]
+
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-076
 def _as_onsets(waveforms: Any, places: Any, metadata: Mapping[str, Any] | None, model: GP2Vec) -> LabelledOnsets:
     "Records from arrays; what is not said of event and station is each record's own."
@@ -993,7 +1069,7 @@ def _as_onsets(waveforms: Any, places: Any, metadata: Mapping[str, Any] | None, 
         raise ValueError(
             f"picking wants waveforms (n, 3, N) and samples of P and S (n, 2), not {x.shape} and {at.shape}"
         )
-    own = {name: [f"{i}" for i in range(len(x))] for name in ("event_id", "station")} | {"network": "", "time": 0}
+    own = dict.fromkeys(("event_id", "station"), [None] * len(x)) | {"network": "", "time": 0}
     table = pd.DataFrame(own | dict(metadata or {}) | {"P": at[:, 0], "S": at[:, 1]})
     records = [
         Segment(str(r.network), str(r.station), "", "", int(r.time), rate, w, (w != 0).any(1))
@@ -1016,12 +1092,13 @@ class DownstreamEvaluator:
         self,
         task: str | Task,  # a name in `TASKS`, or a task of one's own
         waveforms: Any,  # windows, tensor or array, (n, 3, N), any unit, at the model's rate
-        answers: Any,  # (n,): labels of the task's classes, or numbers (NaN where unknown) for its target
+        answers: Any,  # (n,): names of the task's classes or 0 and 1; numbers (NaN where unknown) for its target
         metadata: Mapping[str, Any] | None = None,  # event_id, station, network, latitude … of each window
     ) -> pd.DataFrame:  # as of `evaluate`
         "Any task: detection, polarity, distance, back-azimuth, displacement, or your own."
-        task, rate = TASKS[task] if isinstance(task, str) else task, self.model.config.sampling_rate
+        task, rate = _task(task), self.model.config.sampling_rate
         values = answers.tolist() if hasattr(answers, "tolist") else list(answers)
+        values = values if task.target or not task.positive else _named(values, task)
         if task.target:
             windows = as_windows(
                 waveforms, ["event"] * len(values), metadata, rate, **{task.target: np.array(values, float)}
@@ -1029,7 +1106,8 @@ class DownstreamEvaluator:
         elif task.column == "label":
             windows = as_windows(waveforms, [str(v) for v in values], metadata, rate)
         else:
-            windows = as_windows(waveforms, ["event"] * len(values), metadata, rate, **{task.column: values})
+            label = (*task.only, "event")[0]
+            windows = as_windows(waveforms, [label] * len(values), metadata, rate, **{task.column: values})
         return evaluate(self.model, windows, task, self.config)
 
     def evaluate_phase_picking(

@@ -56,7 +56,7 @@ class PickerConfig:
     "Settings of a picker."
 
     phases: tuple[str, ...] = ("P", "S")  # what to pick, in the order of the curves
-    layer: int | None = None  # of the context network whose frames are used: 0 before it, None the last
+    layer: int | None = None  # of the context network, joined to the frames before it; 0: those alone; None: the last
     width: int = 32  # channels of the head
     window_length: float = 30.0  # of the windows it learned from, s
     minimum_distance: float = 1.0  # between two picks of one phase, s
@@ -100,13 +100,15 @@ class PickHead(nn.Module):
 
     def __init__(
         self,
-        dim: int,  # width of the frames, D
+        dim: int,  # width of the frames of one layer, D
         components: int = 3,  # of the waveform, C
         width: int = 32,  # channels of the head
         classes: int = 3,  # curves, the phases and noise
+        layers: int = 1,  # of which the frames are, side by side
     ):
         super().__init__()
-        self.frames = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        each = nn.Unflatten(-1, (layers, dim)), nn.LayerNorm(dim), nn.Flatten(-2)
+        self.frames = nn.Sequential(*each, nn.Linear(layers * dim, width))
         self.raw = FrameConv(components, width, 15, padding=7)
         # Norms at every sample: the first wiggle of a P counts as much as the largest of the S behind it.
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
@@ -120,7 +122,7 @@ class PickHead(nn.Module):
 
     def forward(
         self,
-        frames: Tensor,  # (B, T, D)
+        frames: Tensor,  # (B, T, layers * D)
         waveforms: Tensor,  # normalised, (B, C, N)
         stride: int,  # samples from frame to frame
         field: int,  # samples that a frame has seen
@@ -194,8 +196,8 @@ class Picker(PickingNetwork, Pretrained, library_name="gp2vec", license="mit"):
         self.config = config if isinstance(config, PickerConfig) else settings_from_dict(PickerConfig, config, "picker")
         self.model = GP2Vec(GP2VecConfig.from_dict(model)) if isinstance(model, Mapping) else model
         settings = self.model.config
-        components = settings.feature_encoder.in_channels
-        self.head = PickHead(settings.embed_dim, components, self.config.width, len(self.config.phases) + 1)
+        sizes = settings.feature_encoder.in_channels, self.config.width, len(self.config.phases) + 1
+        self.head = PickHead(settings.embed_dim, *sizes, layers=1 if self.config.layer == 0 else 2)
 
     @property
     def sampling_rate(self) -> float:  # Hz
@@ -209,9 +211,12 @@ class Picker(PickingNetwork, Pretrained, library_name="gp2vec", license="mit"):
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
     ) -> Tensor:  # logits, (B, 3, N), in the order P, S, noise
         "Score every sample."
-        frames = self.model.encode(
-            waveforms, component_mask=component_mask, log_scale=log_scale, layer=self.config.layer
-        )
+        known = {"component_mask": component_mask, "log_scale": log_scale, "layer": self.config.layer}
+        if self.config.layer == 0:
+            frames = self.model.encode(waveforms, **known)
+        else:
+            states = self.model.states(waveforms, **known)
+            frames = torch.cat([states[0], states[-1]], -1)
         x = normalise(waveforms, component_mask)[0].to(frames.dtype)
         return self.head(frames, x, *frame_geometry(self.model.config.feature_encoder.conv_layers))
 
@@ -318,7 +323,7 @@ class LowRank(nn.Module):
 def unfreeze(
     model: GP2Vec,  # its parameters are frozen but for what `tune` names
     tune: str,  # "head", "last", "adapters" or "all"
-    layer: int | None = None,  # of the context network whose frames are used
+    layer: int | None = None,  # of the context network, the last that is used
     rank: int = 8,  # of adapters
 ) -> None:
     "Say what of a model may move."

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import obspy
@@ -24,8 +25,9 @@ from ..models.gp2vec import GP2Vec, GP2VecConfig
 
 # %% auto #0
 __all__ = ['LabelledWindows', 'label_windows', 'LabelledOnsets', 'label_onsets', 'read_onsets', 'pool', 'frozen_features',
-           'untrained', 'handcrafted', 'sites', 'audit_split', 'crossed_folds', 'split_parts', 'LinearProbe',
-           'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'event_draws', 'compare_arms', 'verdict']
+           'untrained', 'handcrafted', 'sites', 'known_times', 'audit_split', 'crossed_folds', 'split_parts',
+           'LinearProbe', 'out_of_fold_scores', 'area_under_curve', 'mean_auc', 'event_draws', 'compare_arms',
+           'verdict']
 
 # %% ../../nbs/11_train.probes.ipynb #11-006
 @dataclass
@@ -310,6 +312,25 @@ def _part(segment: Segment, first: int, stop: int) -> Segment:
     return replace(segment, data=segment.data[:, first:stop], starttime=start, flaws=tuple(flaws))
 
 # %% ../../nbs/11_train.probes.ipynb #11-021
+def _read_picks(path: Path) -> pd.DataFrame:
+    "The table, if it has a row."
+    try:
+        table = pd.read_csv(path, dtype={"event_id": str, "station": str, "network": str, "trace_file": str})
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    if not len(table):
+        raise ValueError(f"{path.name} names no record: write a row per event and station")
+    return table
+
+
+def _samples(table: pd.DataFrame, column: str, name: str) -> pd.Series:
+    "A column as numbers, NaN where there is none."
+    numbers = pd.to_numeric(table[column], errors="coerce")
+    if (odd := numbers.isna() & table[column].notna()).any():
+        raise ValueError(f"{name} has {table[column][odd].iloc[0]!r} in {column}: give a sample number or nothing")
+    return numbers.astype(float)
+
+
 def _record_times(table: pd.DataFrame) -> np.ndarray:
     "UTC nanoseconds of each record, from `start_time` or from the name of its file; 0 where neither is known."
     digits = table.trace_file.str.extract(r"(\d{14})\d*[^/]*$")[0]
@@ -330,10 +351,22 @@ def _event_names(known: pd.Series, time: np.ndarray) -> list[str]:
     return names
 
 
+def _read_npz(path: Path) -> tuple[np.ndarray, float]:
+    "Data and rate of a record; a file of another kind is a ValueError."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["data"], float(file["sampling_rate"])
+    except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:  # whatever NumPy says of another's file
+        what = f"one without {error.args[0].split()[0]}" if isinstance(error, KeyError) else "something else"
+        raise ValueError(
+            f"expected {path.name} to be a NumPy file .npz with data (3, samples) and sampling_rate (Hz), "
+            f"got {what}: save it by numpy.savez"
+        ) from error
+
+
 def _read_record(path: Path, row, time: int, config: PreprocessingConfig) -> Segment:
     "One prepared record."
-    with np.load(path, allow_pickle=False) as file:
-        data, rate = file["data"], float(file["sampling_rate"])
+    data, rate = _read_npz(path)
     if data.ndim != 2 or data.shape[0] != 3:
         raise ValueError(
             f"{path.name} holds data of shape {data.shape}, and (3, samples) in Z, N, E is wanted: turn it"
@@ -352,7 +385,7 @@ def read_onsets(
     path = Path(folder) / "picks.csv" if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
         raise FileNotFoundError(f"labelled records need a table picks.csv, and {folder} holds none: write one")
-    table = pd.read_csv(path, dtype={"event_id": str, "station": str, "network": str})
+    table = _read_picks(path)
     need = {"trace_file", "network", "station"} - set(table)
     if need or not {"p_sample", "s_sample"} & set(table):
         raise ValueError(
@@ -365,7 +398,13 @@ def read_onsets(
     records = [_read_record(path.parent / row.trace_file, row, row.time, config) for row in table.itertuples()]
     share = np.array([r.sampling_rate / r.native_rate for r in records])
     for phase, column in (("P", "p_sample"), ("S", "s_sample")):
-        table[phase] = table[column].astype(float) * share if column in table else np.nan
+        table[phase] = _samples(table, column, path.name) * share if column in table else np.nan
+        for name, at, record in zip(table.trace_file, table[phase], records, strict=True):
+            if at < 0 or at > record.data.shape[1]:
+                raise ValueError(
+                    f"{path.name} has a {column} {at / record.sampling_rate:g} s into {name}, which is "
+                    f"{record.data.shape[1] / record.sampling_rate:g} s long: give samples of that file, from 0"
+                )
     return LabelledOnsets(records, table, config.sampling_rate)
 
 # %% ../../nbs/11_train.probes.ipynb #11-027
@@ -460,11 +499,14 @@ def sites(
     return site
 
 
-def _times(table: pd.DataFrame) -> np.ndarray | None:
-    "When each window is from, UTC ns; None where that is not known of all."
-    column = next((name for name in ("start", "time") if name in table), None)
-    known = None if column is None else table[column].to_numpy()
-    return known if known is not None and (known > 0).all() else None
+def known_times(
+    table: pd.DataFrame,  # start or time of each window (UTC ns; 0 unknown), or neither
+) -> np.ndarray | None:  # UTC ns, (n,)
+    "When each window is from; None where that is not known of all."
+    columns = [name for name in ("start", "time") if name in table]
+    # A window of a record without a time begins at its place in the record, which is no time.
+    known = columns and (table[columns].to_numpy() > 0).all()
+    return table[columns[0]].to_numpy() if known else None
 
 # %% ../../nbs/11_train.probes.ipynb #11-039
 def audit_split(
@@ -480,7 +522,7 @@ def audit_split(
             raise ValueError(
                 f"{len(both)} {kind}s are in training and in test, such as {', '.join(both[:3])}: split by {kind}"
             )
-    time = _times(table)
+    time = known_times(table)
     if time is not None and len(train) and len(test):
         (a, b), (c, d) = ((time[rows].min(), time[rows].max()) for rows in (train, test))
         if a <= d and c <= b:
@@ -496,7 +538,7 @@ def crossed_folds(
     never_test: Sequence[str] = (),  # station codes that the model knows from pretraining
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # (training rows, test rows), four times; nothing is on both sides
     "Two halves of the events, earlier and later where times are known, times two halves of the stations."
-    rng, time = np.random.default_rng(seed), _times(table)
+    rng, time = np.random.default_rng(seed), known_times(table)
     halves = []
     for kind, names in (("event", table.event_id.astype(str)), ("station", pd.Series(sites(table), table.index))):
         unique = np.array(sorted(set(names)), dtype=object)
@@ -535,7 +577,7 @@ def split_parts(
     guard: float = 60.0,  # least time between two parts, s
 ) -> dict[str, np.ndarray]:  # rows of "train", "dev" and "test", (n,) each; nothing is in two of them
     "Deal records into three parts by time, event and station; audited."
-    time, event = _times(table), table.event_id.astype(str).to_numpy()
+    time, event = known_times(table), table.event_id.astype(str).to_numpy()
     when = np.random.default_rng(seed).permutation(len(table)) if time is None else time
     order = pd.Series(when).groupby(event).min().sort_values(kind="stable").index
     rank = pd.Series(np.arange(len(order)), order)[event].to_numpy()
@@ -643,11 +685,12 @@ def mean_auc(
     folds: Sequence[tuple[np.ndarray, np.ndarray]],  # (training rows, test rows) of each, from `crossed_folds`
     weight: np.ndarray | None = None,  # of each window, (n,); None: one
 ) -> float:  # from 0 to 1; 0.5 is guessing
-    "Mean over folds of the AUC of their test rows; a fold whose weight lies on one class is left out."
+    "Share of pairs within the folds' test rows, one window of each class, that stand in the right order."
     weight = np.ones(len(scores)) if weight is None else weight
     areas = [area_under_curve(scores[test], positive[test], weight[test]) for _, test in folds]
-    known = [area for area in areas if not np.isnan(area)]
-    return float(np.mean(known)) if known else float("nan")
+    sides = [(weight[test][positive[test]].sum(), weight[test][~positive[test]].sum()) for _, test in folds]
+    pairs = np.array([a * b for a, b in sides])
+    return float(np.average(np.nan_to_num(areas), weights=pairs)) if pairs.any() else float("nan")
 
 # %% ../../nbs/11_train.probes.ipynb #11-059
 def event_draws(
