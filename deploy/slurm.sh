@@ -11,7 +11,7 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 set -uo pipefail
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"

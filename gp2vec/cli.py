@@ -740,7 +740,7 @@ def _work_through(work, inputs, output, ends, part_end, workers, executor) -> tu
         raise ValueError(f"none of {', '.join(inputs)} gave anything to {work.verb}; {_left_out(failed)}")
     return parts, keys, failed
 
-# %% ../nbs/22_cli.ipynb #new-000a39
+# %% ../nbs/22_cli.ipynb #22-043
 def _title(unit: Any) -> str:
     "What a user calls a unit."
     return unit if isinstance(unit, str) else f"{unit.name} on {datetime.fromtimestamp(unit.day / 1e9, UTC):%Y-%m-%d}"

@@ -384,9 +384,8 @@ def check_thresholds(
 ) -> tuple[float, ...]:  # one per phase
     "Least probabilities of a pick; another number of them is a ValueError."
     settings = check_picker(picker).config
-    if thresholds is None:
-        thresholds = settings.thresholds
-    limits = (float(thresholds),) * len(settings.phases) if np.ndim(thresholds) == 0 else tuple(map(float, thresholds))
+    given = settings.thresholds if thresholds is None else thresholds
+    limits = (float(given),) * len(settings.phases) if isinstance(given, int | float) else tuple(map(float, given))
     if len(limits) != len(settings.phases):
         raise ValueError(
             f"expected one threshold, or one for each of {', '.join(settings.phases)}, got {limits}: give as many"
@@ -580,7 +579,7 @@ def picks_of(
     found = pd.DataFrame(list(detections), columns=list(DETECTION_TABLE)).astype(kinds)
     return Picks(_in_order(table, "time"), _in_order(found, "starttime"), dict(rejects or {}))
 
-# %% ../nbs/18_inference.ipynb #new-abe225
+# %% ../nbs/18_inference.ipynb #18-087
 def _read_back(path: str | os.PathLike) -> Picks:
     "What `Picks.write` has written."
     store, name = store_of(path)

@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import free_ports
+from matplotlib.figure import Figure
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import Dataset
@@ -311,6 +312,38 @@ def test_the_average_is_exported_where_there_is_one(tmp_path):
     exported = GP2Vec.from_pretrained(tmp_path / "exports" / "step=000000008").answer_head.weight
     assert torch.equal(exported, module.average["model.answer_head.weight"])
     assert not torch.equal(exported, module.model.answer_head.weight), "the run goes on with the weights themselves"
+
+
+def test_the_average_is_what_is_probed_and_drawn(tmp_path, monkeypatch):
+    "Where there is one, as it is what is validated and exported; the run goes on with the weights."
+    seen = []
+    monkeypatch.setattr("gp2vec.train.callbacks.draw_answers", lambda model, _: seen.append(weights(model)) or Figure())
+    monkeypatch.setattr(OnlineProbe, "probe", lambda self, model: seen.append(weights(model)) or 0.5)
+
+    def weights(model):
+        return model.answer_head.weight.detach().clone()
+
+    module, plain = task(ema_decay=0.9), task(ema_decay=0.9)
+    fit(plain, [], tmp_path / "plain")
+    fit(module, [OnlineProbe(labels(), every=8), Figures(every=8)], tmp_path / "watched")
+    assert len(seen) == 3 and torch.equal(seen[1], seen[2]), "a probe before the first step, both after the last"
+    assert torch.equal(seen[1], module.average["model.answer_head.weight"])
+    assert not torch.equal(seen[1], weights(module.model))
+    for mine, other in ((module.state_dict(), plain.state_dict()), (module.average, plain.average)):
+        assert same(list(mine.values()), list(other.values()))
+
+
+def test_what_is_due_every_few_steps_counts_steps_of_the_optimiser(tmp_path, monkeypatch):
+    "Not batches, of which a step has three here; nothing is due before the first step is done."
+    reports = []
+    monkeypatch.setattr("gp2vec.train.callbacks._gpu", lambda _: reports.append(module.trainer.global_step) or {})
+    module, alarm = task(max_steps=24), CollapseAlarm()
+    watchers = [alarm, Throughput(), Figures(every=12), PeriodicExport(every=12)]
+    options = {"accumulate_grad_batches": 3, "max_epochs": 99, "log_every_n_steps": 8}
+    fit(module, watchers, tmp_path, Windows(72), steps=24, **options)
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"step=000000012", "step=000000024"}
+    assert {path.stem.partition("-")[2] for path in (tmp_path / "figures").iterdir()} == {"000000012", "000000024"}
+    assert list(alarm.history) == [10, 20] and reports == [8, 16, 24]
 
 
 def test_the_zero_line_survives_a_resume(tmp_path):

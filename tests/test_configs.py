@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from training import MODEL, begin, end, rows, settings, wait_for, write_data
 
 from gp2vec.data.archive import write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
-from gp2vec.models.gp2vec import PRESETS
-from gp2vec.train.train import compose, main, read_settings
+from gp2vec.models.gp2vec import PRESETS, GP2Vec
+from gp2vec.train.checkpoints import Checkpoints, export_checkpoint
+from gp2vec.train.pretraining import TrainConfig
+from gp2vec.train.train import TrainerConfig, build_trainer, compose, main, read_settings
 
 CONFIGS = LIB / "configs"
 
@@ -94,6 +97,126 @@ def test_a_folder_of_ones_own(tmp_path):
     assert (config.model.embed_dim, config.train.max_steps, config.data.archive) == (96, 7, "embedded")
 
 
+@pytest.mark.parametrize("command", ["model=mine", "--config-name=experiment/production model=mine"])
+def test_a_folder_may_hold_one_file(command, tmp_path, monkeypatch):
+    "All else is the package's, the file to begin with too; where both have a file, it is the user's."
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\nnum_negatives: 96\n")
+    (tmp_path / "configs" / "model" / "tiny.yaml").write_text("defaults: [small, _self_]\n")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = typed("--config-path=configs", *command.split(), "--cfg", "job")
+    assert status == 0, err
+    found = yaml.safe_load(out)
+    assert (found["model"]["num_negatives"], found["model"]["embed_dim"]) == (96, 256)
+    assert found["output"] == ("runs/production" if "production" in command else "runs/pretrain")
+    status, _, err = typed("--config-path=configs", "--config-name=mien")
+    assert status == 2 and "did you mean" not in err and err.count("\n") == 1
+    (tmp_path / "configs" / "mine.yaml").write_text("defaults: [/config, _self_]\n")
+    assert "did you mean mine?" in typed("--config-path=configs", "--config-name=mien")[2]
+
+
+# The files of settings as the specification of this project writes them, before it had any.
+SPECIFIED = {
+    "data": """
+processing:
+  target_sampling_rate: 100.0
+  window_length: 30.0
+  overlap: 0.5
+
+augmentation:
+  enabled: true
+  probability: 0.8
+  time_shift:
+    max_shift: 0.1
+
+metadata:
+  enabled: true
+  fdsn_client: IRIS
+""",
+    "model": """
+feature_encoder:
+  conv_layers:
+    - {channels: 64, kernel_size: 10, stride: 5}
+    - {channels: 128, kernel_size: 8, stride: 4}
+
+context_encoder:
+  embed_dim: 768
+  num_heads: 12
+  num_layers: 12
+
+quantizer:
+  type: gumbel
+  codebook_size: 320
+  num_codebooks: 2
+""",
+    "train": """
+optimizer:
+  name: adamw
+  lr: 1e-4
+  weight_decay: 0.01
+
+lr_scheduler:
+  name: cosine_with_warmup
+  warmup_steps: 10000
+
+trainer:
+  max_epochs: 100
+  devices: auto
+  strategy: ddp
+  precision: 16-mixed
+""",
+    "": """
+wandb:
+  enabled: true
+  project: gp2vec
+  entity: your-team
+  tags: [self-supervised, seismic]
+
+loggers:
+  tensorboard:
+    enabled: true
+    log_graph: true
+
+train:
+  trainer:
+    devices: 8
+    num_nodes: 4
+    strategy: fsdp
+""",
+}
+CORRECTED = {  # what is said -> what to write
+    "did you mean data.processing.sampling_rate?": ("target_sampling_rate", "sampling_rate"),
+    "such as data.augmentation.shift_probability": ("  probability", "  shift_probability"),
+    "did you mean data.augmentation.max_shift?": ("  time_shift:\n    max_shift", "  max_shift"),
+    "did you mean model.embed_dim?": ("context_encoder:\n  embed_dim: 768", "embed_dim: 768\ncontext_encoder:"),
+    "did you mean train.max_epochs?": ("trainer:\n  max_epochs: 100", "max_epochs: 100\ntrainer:"),
+    "did you mean 'fsdp2'?": ("strategy: fsdp", "strategy: fsdp2"),
+}
+
+
+@pytest.mark.parametrize("group", SPECIFIED)
+def test_files_of_the_specification_need_no_other_help_than_the_messages(group, tmp_path, monkeypatch):
+    "A sentence for each name that is another here; who follows them has files that hold."
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "configs" / group / "mine.yaml"
+    place.parent.mkdir(parents=True)
+    begin = f"defaults: [{'default' if group else '/config'}, _self_]\n"
+    asked = [f"{group}=mine"] if group else ["--config-name=mine"]
+    text, followed = SPECIFIED[group], []
+    for _ in range(5):
+        place.write_text(begin + text)
+        status, _, err = typed("--config-path=configs", *asked, "--cfg", "job")
+        if not status:
+            break
+        (said,) = [said for said in CORRECTED if said in err] or [err]
+        before, after = CORRECTED[said]
+        assert err.count("\n") == 1 and text.count(before) == 1, err
+        text = text.replace(before, after)
+        followed.append(said)
+    assert status == 0, err
+    assert len(followed) == {"data": 3, "model": 1, "train": 1, "": 1}[group]
+
+
 WRONG = {
     # names
     "train.max_epoch=3": "train has no setting 'max_epoch': did you mean train.max_epochs?",
@@ -105,15 +228,31 @@ WRONG = {
     "data.metadata.enable=true": "did you mean data.metadata.enabled?",
     "model.quantizer.codebook_sise=3": "did you mean model.quantizer.codebook_size?",
     "train.optimizer.weight_deacy=0": "did you mean train.optimizer.weight_decay?",
-    "loggers.tensorbord.enabled=true": "did you mean loggers.tensorboard?",
+    "loggers.tensorbord.enabled=true": "did you mean loggers.tensorboard.enabled?",
     "wandb.projct=x": "did you mean wandb.project?",
     "outptu=x": "did you mean output?",
     "mdoel=tiny": "did you mean model?",
     "model=tniy": "did you mean tiny?",
     "data=scdec": "did you mean scedc?",
-    "--config-name=experiment/debgu": "did you mean debug?",
-    "--config-path=nowhere": "no such folder",
+    "--config-name=experiment/debgu": "did you mean experiment/debug?",
+    "--config-name=debug": "did you mean experiment/debug?",
+    "--config-path=nowhere": "no such folder here; make it for files of your own, or leave the option out",
     "max_steps": "write name=value",
+    # settings that stand elsewhere
+    "model.num_heads=4": "did you mean model.context_encoder.num_heads?",
+    "train.weight_decay=0": "did you mean train.optimizer.weight_decay?",
+    "trainer.fast_dev_run=true": "did you mean train.trainer.fast_dev_run?",
+    "trainer.max_epochs=3": "did you mean train.max_epochs?",
+    "lr=1e-3": "did you mean train.optimizer.lr?",
+    "train.learning_rate=1e-3": "did you mean train.optimizer.lr?",
+    "batch_size=3": "did you mean data.batch_size?",
+    "processing.overlap=0.2": "did you mean data.processing.overlap?",
+    "processing.target_sampling_rate=50": "did you mean data.processing.sampling_rate?",
+    "augmentation.probability=0.8": "each augmentation has a probability of its own, such as",
+    "augmentation.time_shift.max_shift=0.1": "did you mean data.augmentation.max_shift?",
+    "context_encoder.embed_dim=768": "did you mean model.embed_dim?",
+    "metadata.fdsn_client=IRIS": "did you mean data.metadata.fdsn_client?",
+    "strategy=fsdp": "did you mean train.trainer.strategy?",
     # types
     "data.batch_size=many": "data.batch_size is a whole number, not 'many'",
     "data.batch_size=2.5": "data.batch_size is a whole number, not 2.5",
@@ -130,7 +269,11 @@ WRONG = {
     "train.lr_scheduler.name=cosine": "cosine_with_warmup",
     "train.optimizer.name=sgd": "adamw",
     "train.trainer.strategy=fsdp": "did you mean 'fsdp2'?",
+    "train.trainer.strategy=FSDP": "did you mean 'fsdp2'?",
+    "train.trainer.strategy=DDP": "did you mean 'ddp'?",
     "train.trainer.accelerator=cuda": "auto, cpu, gpu, mps",
+    "train.trainer.precision=16": "did you mean '16-mixed'?",
+    "train.trainer.precision=32": "did you mean '32-true'?",
     "train.trainer.precision=bf16": "did you mean 'bf16-mixed'?",
     "model.quantizer.type=gumble": "gumbel",
     "model.objective=contrastiv": "contrastive",
@@ -149,6 +292,19 @@ WRONG = {
     "train.probe_layer=13": "from 0 to 12",
     "train.trainer.devices=0": "auto or a number of processes",
     "train.max_epochs=0": "train.max_epochs is 1 or more",
+    "train.max_steps=0": "train.max_steps is 1 or more, or -1",
+    "train.max_steps=-2": "train.max_steps is 1 or more, or -1",
+    "train.seed=-1": "train.seed is from 0 to",
+    "train.seed=99999999999999999999": "train.seed is from 0 to",
+    "data.seed=-1": "data.seed is 0 or more",
+    "train.trainer.fast_dev_run=-1": "train.trainer.fast_dev_run is 0 or more",
+    "train.lr_scheduler.power=-2": "train.lr_scheduler.power is 0 or more",
+    "train.optimizer.betas=[0.9,1]": "train.optimizer.betas are 0 or more and below 1",
+    "train.optimizer.betas=[-0.1,0.9]": "train.optimizer.betas are 0 or more and below 1",
+    "train.optimizer.eps=0": "train.optimizer.eps is above 0",
+    "train.mask_ramp=[0,1]": "train.mask_ramp is from",
+    "train.mask_ramp=[0.5,1.2]": "train.mask_ramp is from",
+    "model.quantizer.codebook_size=4": "model.quantizer.codebook_size is above 5",
     "train.lr_scheduler.name=tri_stage": "above 0 for tri_stage",
     "train.seed=${data.sed}": "a setting refers to what is not there",
     "output=s3://bucket/run": "checkpoints=s3://… puts those on S3",
@@ -310,6 +466,20 @@ def test_wandb_offline_has_the_metrics(watched):
     assert b"seismic" in record.read_bytes(), "the tags"
 
 
+def test_wandb_goes_on_with_the_same_run(data, tmp_path):
+    "Its name is kept in the folder of the run."
+    pytest.importorskip("wandb")
+    run, log = tmp_path / "run", tmp_path / "log"
+    quiet = partial(os.environ.update, {"WANDB_ERROR_REPORTING": "false"})
+    for steps in (2, 4):
+        asked = settings(data, run, steps, "wandb={enabled: true, offline: true}")
+        assert end(begin(asked, log, quiet), 300) == 0, log.read_text()[-3000:]
+        time.sleep(1.1)  # the folders of parts are told apart by the second
+    names = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 2
+    assert names == {(run / "wandb.id").read_text().strip()}
+
+
 def test_no_secret_is_left_behind(watched):
     "In no file of the run, and in nothing that it said."
     run, log = watched
@@ -335,6 +505,20 @@ def test_missing_extra_is_a_sentence(tmp_path, monkeypatch):
     }.items():
         status, _, err = typed("data=small", change)
         assert status == 2 and f'pip install "gp2vec[{extra}]"' in err and not list(tmp_path.iterdir()), err
+
+
+def test_shards_of_other_settings_are_refused_with_what_can_be_typed(data, tmp_path):
+    "The folder that has them is named, and so is the setting; no argument of a function."
+    places = (data, tmp_path / "run", 1, f"data.directory={tmp_path / 'prepared'}")
+    log = tmp_path / "log"
+    assert end(begin(settings(*places), log), 200) == 0, log.read_text()[-3000:]
+    for change in ("data.processing.highpass=2", "data.held_out=0.5", "data.seed=3"):
+        status, _, err = typed(*settings(*places), change)
+        assert status == 2 and err.count("\n") == 1, err
+        assert f"name another folder in data.directory, or remove {tmp_path / 'prepared' / 'shards'}" in err, err
+        assert "overwrite" not in err and "url" not in err
+    (status, _, err) = typed(*settings(*places), "data.networks=[ZZ]", "data.start='2020-01-01'")
+    assert status == 2 and "holds no objects of data.networks=[ZZ] data.start=2020-01-01: ask for more" in err, err
 
 
 def test_one_process_prepares_and_the_others_wait(data, tmp_path):
@@ -363,29 +547,70 @@ def launch(arguments: list[str], log: Path, **more: str) -> subprocess.Popen:
 TWO = ["train.trainer={accelerator: cpu, devices: 2, strategy: ddp, precision: 32-true}"]
 
 
+def ranks(arguments: list[str], log: Path) -> list[int]:
+    "Two processes of one run, as torchrun starts them."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    place |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    each = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [begin(arguments, log, partial(os.environ.update, mine)) for mine in each]
+
+
 def test_two_processes_stop_together_and_go_on(data, tmp_path):
     "`devices=2 strategy=ddp` as torchrun starts it: one is told to stop, both save and end with 75, and both go on."
     run, log = tmp_path / "run", tmp_path / "log"
-
-    def start(steps: int, *more: str) -> list[int]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-        place |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        return [
-            begin([*settings(data, run, steps), *TWO, *more], log, partial(os.environ.update, place | r)) for r in ranks
-        ]
-
-    pids = start(2000, "train.checkpoint_every=0")
+    pids = ranks([*settings(data, run, 2000), *TWO, "train.checkpoint_every=0"], log)
     wait_for(run, 3, pids[0])
     os.kill(pids[1], signal.SIGTERM)
     assert [end(pid) for pid in pids] == [75, 75], log.read_text()[-3000:]
     done = len(rows(run))
     assert done < 2000 and log.read_text().count("the same command goes on") == 1
-    assert [end(pid) for pid in start(done + 3)] == [0, 0], log.read_text()[-3000:]
+    assert [end(pid) for pid in ranks([*settings(data, run, done + 3), *TWO], log)] == [0, 0], log.read_text()[-3000:]
     assert rows(run) == list(range(done + 3)), "each step once, from one process"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_killed_process_ends_the_other_with_a_sentence(data, tmp_path, strategy):
+    "Within half a minute, with status 1, and without a traceback: there is nothing in the program to look for."
+    run, log = tmp_path / "run", tmp_path / "log"
+    pids = ranks([*settings(data, run, 2000), *TWO, f"train.trainer.strategy={strategy}"], log)
+    wait_for(run, 3, pids[0])
+    os.kill(pids[1], signal.SIGKILL)
+    started = time.monotonic()
+    assert [end(pid) for pid in pids] == [1, -signal.SIGKILL] and time.monotonic() - started < 30
+    said = log.read_text()
+    assert "Traceback" not in said and said.count("the same command goes on from the last checkpoint") == 1, said[
+        -3000:
+    ]
+    assert len(said.splitlines()) < 8, said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_miss_each_other_within_minutes(strategy, tmp_path):
+    "Not after the half hour that is usual, where a GPU would wait for one that is gone."
+    machine = TrainerConfig(accelerator="cpu", devices=2, strategy=strategy, precision="32-true")
+    made = build_trainer(TrainConfig(), machine, tmp_path, progress=False).strategy
+    assert made._timeout == timedelta(minutes=10)
+
+
+def test_weights_in_pieces_and_checkpoints_on_s3(data, s3_server, tmp_path, monkeypatch):
+    "`strategy=fsdp2` on two processes; one alone goes on from their checkpoints, and what is exported is the model."
+    s3_server.env(monkeypatch)
+    run, log, url = tmp_path / "run", tmp_path / "log", "s3://private/runs/fsdp2"
+    usual = [f"checkpoints={url}", "train.checkpoint_every=2", "train.ema_decay=0.9", "train.export_every=4"]
+    two = [*usual, *TWO, "train.trainer.strategy=fsdp2", "data.batch_size=4"]
+    for steps in (4, 6):  # a beginning, and two that go on
+        pids = ranks([*settings(data, run, steps), *two], log)
+        assert [end(pid) for pid in pids] == [0, 0], log.read_text()[-3000:]
+    assert Checkpoints(url).steps() == [2, 4, 6] and not (run / "checkpoints").exists()
+    assert end(begin([*settings(data, run, 8), *usual], log)) == 0, log.read_text()[-3000:]
+    assert rows(run) == list(range(8)) and Checkpoints(url).steps() == [4, 6, 8]
+    assert "windows and took" not in log.read_text(), "two batches of 4 are one of 8"
+    exported = export_checkpoint(url, tmp_path / "model")
+    written = GP2Vec.from_pretrained(run / "exports" / "step=000000008")
+    assert all(value.equal(written.state_dict()[name]) for name, value in exported.state_dict().items())
 
 
 @pytest.mark.slow
@@ -491,6 +716,8 @@ def test_slurm_script_asks_to_be_requeued(tmp_path):
     status, out, err = typed(*changes, "--cfg", "job")
     assert status == 0 and yaml.safe_load(out)["train"]["trainer"]["num_nodes"] == 2, err
     assert script.stat().st_mode & stat.S_IXUSR
+    (log,) = re.findall(r"^#SBATCH --output=(.+)$", script.read_text(), re.MULTILINE)
+    assert "/" not in log, "SLURM makes no folder, and a job whose log has none fails without a word"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -508,6 +735,8 @@ def test_dockerfile_is_whole():
     version = re.fullmatch(r"python:3\.(\d+)-slim", dict(steps)["FROM"])
     assert version and int(version[1]) >= 11
     assert json.loads(dict(steps)["ENTRYPOINT"]) == ["gp2vec"], "a list: no shell between"
+    made = steps.index(("RUN", "mkdir -m 1777 -p /work"))
+    assert made < steps.index(("WORKDIR", "/work")) < steps.index(("USER", "1000")), "anybody may write there"
     for name, value in steps:
         if name == "RUN":
             assert subprocess.run(["bash", "-n", "-c", value]).returncode == 0, value
@@ -526,6 +755,8 @@ def test_dockerfile_builds_in_a_clean_environment(tmp_path):
         if name == "ARG":
             key, _, default = value.partition("=")
             environment[key] = os.environ.get("PIP_INDEX_URL", default) if key == "INDEX" else default
+        if name == "RUN" and value.endswith(" /work"):
+            continue  # of the image, not of this machine
         if name == "RUN":
             done = subprocess.run(["sh", "-ec", value], cwd=project, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{value}: {done.stderr[-3000:]}"

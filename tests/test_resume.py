@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import smallrun
 import torch
+from training import differences
 
 from gp2vec.data.datapipes import ShardDataset
 from gp2vec.models.gp2vec import settings_to_dict
@@ -81,18 +82,6 @@ def kill_within(pid, folder, new_lines: int, seconds: float) -> bool:
         return False
     os.killpg(pid, signal.SIGKILL)
     return True
-
-
-def differences(one, two, path="") -> list[str]:
-    "Where two checkpoints differ."
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, two) else [path]
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        return [d for key in one for d in differences(one[key], two[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{path}/{i}")]
-    return [] if one == two else [path]
 
 
 def same(folder, reference):

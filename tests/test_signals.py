@@ -10,9 +10,12 @@ import time
 import pandas as pd
 import psutil
 import pytest
+import torch
 from project import few_or_many
-from training import begin, end, last, rows, settings, wait_for, write_data
+from training import begin, differences, end, last, rows, settings, wait_for, write_data
 
+from gp2vec.train import callbacks, train
+from gp2vec.train.checkpoints import Checkpoints
 from gp2vec.train.pretraining import Pretraining
 from gp2vec.train.train import Saving
 
@@ -47,8 +50,28 @@ def test_told_to_stop(data, tmp_path, name, count):
     assert log.read_text().count("the same command goes on") == count
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_all_processes_of_a_job_are_told_to_stop(data, tmp_path, name):
+    "As SLURM and a terminal do: those that load batches go on, the step is saved, and the run goes on after it."
+    run, log = tmp_path / "run", tmp_path / "log"
+    asked = settings(data, run, STEPS, "data.num_workers=2", "train.checkpoint_every=0")
+    pid = begin(asked, log, before=os.setsid)
+    wait_for(run, 2, pid)
+    assert len(psutil.Process(pid).children()) >= 2, log.read_text()[-3000:]
+    os.killpg(pid, getattr(signal, name))
+    assert end(pid, 60) == 75, log.read_text()[-3000:]
+    assert rows(run) == list(range(last(run)))
+    with pytest.raises(ProcessLookupError):  # nobody is left of the job
+        for _ in range(100):
+            os.killpg(pid, 0)
+            time.sleep(0.1)
+    done = last(run)
+    assert end(begin([*asked, f"train.max_steps={done + 3}"], log)) == 0, log.read_text()[-3000:]
+    assert rows(run) == list(range(done + 3))
+
+
 def test_interrupted_run_is_the_uninterrupted_one(data, tmp_path):
-    "Losses and weights are those of a run that nobody stopped."
+    "Losses, weights and all else in the last checkpoint are those of a run that nobody stopped."
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert end(begin(settings(data, whole, 20), tmp_path / "log")) == 0
     for count in (3, 9, 14):
@@ -59,6 +82,58 @@ def test_interrupted_run_is_the_uninterrupted_one(data, tmp_path):
     assert end(begin(settings(data, stopped, 20), tmp_path / "log")) == 0
     losses = [pd.read_csv(r / "metrics.csv").dropna(subset="train_loss").train_loss.tolist() for r in (whole, stopped)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
+    saved = [Checkpoints(r / "checkpoints").load() for r in (whole, stopped)]
+    for checkpoint in saved:
+        checkpoint.pop("loops")  # Lightning's counters of batches, which begin anew
+    assert saved[0]["global_step"] == 20 and "model.mask_embedding" in saved[0]["state_dict"]
+    assert not differences(*saved)
+
+
+CHANGED = {
+    "data.batch_size=4": "a step takes 4 windows and took 8 when the run was interrupted",
+    "train.trainer.accumulate_grad_batches=2": "a step takes 16 windows and took 8 when the run was interrupted",
+    "train.optimizer.lr=1e-5": "other settings than it began with: train.optimizer.lr=1e-05 (was 0.0005)",
+    "train.lr_scheduler.warmup_steps=2": "other settings than it began with: train.lr_scheduler.warmup_steps=2 (was 5)",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_run_that_goes_on_as_another_says_so(data, tmp_path, change):
+    "Once, in one sentence; the same run says nothing, and a new learning rate is the one it goes on with."
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert end(begin(settings(data, run, 4, "train.max_epochs=9"), log)) == 0, log.read_text()[-3000:]
+    assert end(begin(settings(data, run, 6), log)) == 0, log.read_text()[-3000:]
+    assert "than it began with" not in log.read_text() and "was interrupted" not in log.read_text()
+    assert end(begin(settings(data, run, 8, change), log)) == 0, log.read_text()[-3000:]
+    assert log.read_text().count(CHANGED[change]) == 1, log.read_text()[-3000:]
+    rates = pd.read_csv(run / "metrics.csv").filter(like="lr-").dropna().iloc[:, 0].tolist()
+    if "optimizer.lr" in change:
+        assert max(rates[6:8]) <= 1e-5 < min(rates[1:3])
+
+
+HOPELESS = {
+    "the codes have collapsed": lambda: setattr(callbacks, "MIN_PERPLEXITY", 1e9),
+    "10 steps in a row had no finite loss": lambda: setattr(Pretraining, "training_step", infinite(Pretraining)),
+}
+
+
+def infinite(cls):
+    step = cls.training_step
+
+    def no_number(self, batch, batch_idx):
+        found = step(self, batch, batch_idx)
+        return found | {"loss": found["loss"] * float("inf")}
+
+    return no_number
+
+
+@pytest.mark.parametrize("said", HOPELESS)
+def test_what_would_end_alike_is_not_tried_again(data, tmp_path, said):
+    "Status 2, which stops Kubernetes, one sentence, and no word of going on."
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert end(begin(settings(data, run, STEPS), log, before=HOPELESS[said])) == 2, log.read_text()[-3000:]
+    text = log.read_text()
+    assert text.count(f"gp2vec: {said}") == 1 and "the same command goes on" not in text and "Traceback" not in text
 
 
 def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path):
@@ -134,8 +209,41 @@ def test_killed_right_after_a_save(data, tmp_path):
     assert end(begin(asked, log)) == 0 and rows(run) == list(range(13)), log.read_text()[-3000:]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "DataLoader worker (pid 17) is killed by signal: Killed. ",
+        "[enforce fail at alloc_cpu.cpp:113] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "could not create a primitive",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:17: Connection reset by peer.",
+        "NCCL communicator was aborted on rank 0.",
+        torch.distributed.DistNetworkError("The client socket has timed out"),
+    ],
+)
+def test_a_lost_process_and_full_memory_are_no_fault_of_the_program(said, monkeypatch, tmp_path, capsys):
+    "Status 1 and a sentence; whatever else a library complains of keeps its traceback."
+
+    def fail(error):
+        def run(config):
+            raise error
+
+        monkeypatch.setattr(train, "run", run)
+        return train.main([f"output={tmp_path}"])
+
+    error = said if isinstance(said, Exception) else RuntimeError(said)
+    wrapped = TypeError("unsupported callable")  # as `inspect` says of whatever is raised while it looks
+    wrapped.__cause__ = error
+    assert fail(wrapped) == 1 and capsys.readouterr().err.startswith("gp2vec: a process was killed")
+    assert fail(error) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("gp2vec: a process was killed or found no memory") and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_memory_is_short(data, tmp_path):
-    "A limit on memory ends the run within 30 s with a status that is not 0, and what was saved is good."
+    "A limit on memory ends the run within 30 s with status 1 and a sentence, and what was saved is good."
     run, log = tmp_path / "run", tmp_path / "log"
     assert end(begin(settings(data, run, 5), log)) == 0
 
@@ -149,6 +257,10 @@ sys.exit(main(sys.argv[1:]))"""
     with open(log, "a") as file:
         process = subprocess.Popen([sys.executable, "-c", program, *asked], stdout=file, stderr=file, env=environment)
     started = time.monotonic()
-    assert process.wait(60) not in (0, 75) and time.monotonic() - started < 30 + IMPORTS, log.read_text()[-3000:]
-    assert last(run) == 5
+    assert process.wait(60) == 1 and time.monotonic() - started < 30 + IMPORTS, log.read_text()[-3000:]
+    text = log.read_text()
+    assert "Traceback" not in text and text.count("the same command goes on from the last checkpoint") == 1, text[
+        -3000:
+    ]
+    assert "memory" in text.splitlines()[-1] and last(run) == 5
     assert end(begin(settings(data, run, 8), log)) == 0 and rows(run) == list(range(8)), log.read_text()[-3000:]

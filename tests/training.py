@@ -1,5 +1,6 @@
 """A small run from files of settings, in a process that is forked from one that has imported everything."""
 
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,7 @@ def begin(arguments: list[str], log: Path, before=lambda: None) -> int:
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
+        logging.getLogger().handlers.clear()  # pytest's
         torch.set_num_threads(1)
         before()
         status = main(arguments)
@@ -106,6 +108,21 @@ def wait_for(run: Path, count: int, pid: int, timeout: float = 60.0) -> None:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.005)
+
+
+def differences(one, two, path="") -> list[str]:
+    "Where two checkpoints differ."
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, two) else [path]
+    if isinstance(one, dict):
+        if one.keys() != two.keys():
+            return [f"{path}: names"]
+        return [d for key in one for d in differences(one[key], two[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(two):
+            return [f"{path}: length"]
+        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{path}/{i}")]
+    return [] if one == two else [path]
 
 
 def last(run: Path) -> int | None:

@@ -78,7 +78,7 @@ def _store(url: str | os.PathLike, credentials: str = "environment", endpoint_ur
         raise ValueError(f"expected a folder, file:///folder or s3://bucket/prefix, got {text[:80]!r}: name one place")
     return Store(text, credentials=credentials, endpoint_url=endpoint_url)
 
-# %% ../../nbs/05_data.datapipes.ipynb #new-923c0a
+# %% ../../nbs/05_data.datapipes.ipynb #05-092
 METADATA_KEYS = ("latitude", "longitude", "elevation", "depth", "azimuth", "dip", "sampling_rate", "gain")
 WORD_KEYS = ("network", "station", "band", "sensor", "datalogger", "input_units")
 CURVE_KEYS = ("response_amplitude", "response_phase", "response_valid")  # at `RESPONSE_FREQUENCIES`
@@ -132,7 +132,7 @@ def window_metadata(
         out |= {name: str(epoch[name]) for name in WORD_KEYS[3:] if isinstance(epoch.get(name), str)}
     return out | _curves(*((epoch or {}).get(name) for name in CURVE_KEYS))
 
-# %% ../../nbs/05_data.datapipes.ipynb #new-143494
+# %% ../../nbs/05_data.datapipes.ipynb #05-093
 def sample_key(
     segment: Segment | Window,  # any
 ) -> str:  # 20 hexadecimal digits

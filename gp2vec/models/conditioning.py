@@ -271,7 +271,7 @@ def metadata_from_rows(
     curves = zip(*(_curves(row) for row in records), strict=True)
     return known | {name: torch.stack(curve) for name, curve in zip(_CURVE, curves, strict=True)}
 
-# %% ../../nbs/09_models.conditioning.ipynb #new-996d44
+# %% ../../nbs/09_models.conditioning.ipynb #09-040
 def as_metadata(
     given: Any,  # the dictionary of tensors; or a row of the station table for all windows, or one for each; or None
     batch_size: int,  # B

@@ -66,7 +66,7 @@ def conv_layers_for(
         step *= stride
     return tuple(layers)
 
-# %% ../../nbs/06_models.encoder.ipynb #new-81aad9
+# %% ../../nbs/06_models.encoder.ipynb #06-042
 def layers_at(
     conv_layers: Sequence[ConvLayer],  # for waveforms at `rate`
     rate: float,  # Hz
@@ -126,7 +126,7 @@ class TimeNorm(nn.GroupNorm):
         y = y * (y.square().sum(1, keepdim=True) / count + self.eps).rsqrt()
         return (y * self.weight + self.bias).to(x.dtype)
 
-# %% ../../nbs/06_models.encoder.ipynb #new-390040
+# %% ../../nbs/06_models.encoder.ipynb #06-043
 def at_least(
     group: str,  # where the settings stand, for messages
     settings: Any,  # a dataclass

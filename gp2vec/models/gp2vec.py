@@ -73,8 +73,8 @@ def normalise(
         x = (x - x.sum(-1, keepdim=True) / samples[..., None]).masked_fill(padding, 0)
         power = (x.square().sum(-1) / samples).sum(-1) / real
     rounding = 64 * torch.finfo(x.dtype).eps * peak  # what is left of a constant
-    power = torch.where(power > rounding.square(), power, 0)
-    x = torch.where(power[:, None, None] > 0, x / power.sqrt()[:, None, None], 0)
+    power = torch.where(power <= rounding.square(), 0, power)  # what is not a number stays none
+    x = torch.where(power[:, None, None] == 0, 0, x / power.sqrt()[:, None, None])
     kind = waveforms.dtype if waveforms.is_floating_point() else torch.float32
     return x.to(kind), 0.5 * power.log10().to(kind)
 
@@ -349,10 +349,11 @@ def task_labels(
         raise ValueError(f"metadata has one value per window, ({batch_size},), not {tuple(value.shape)}")
     return torch.where(value.isfinite(), place, -100).nan_to_num(-100).long()
 
-# %% ../../nbs/10_models.gp2vec.ipynb #new-2bdfd8
+# %% ../../nbs/10_models.gp2vec.ipynb #10-085
 def _check_numbers(config: GP2VecConfig) -> None:
     "Refuse parts of another kind and numbers that mean nothing."
-    for name, kind in get_type_hints(type(config)).items():
+    kinds: dict[str, type] = get_type_hints(type(config))
+    for name, kind in kinds.items():
         if is_dataclass(kind) and not isinstance(getattr(config, name), kind):
             raise ValueError(f"model.{name} is a {kind.__name__}, not {getattr(config, name)!r}")
     at_least("model", config, embed_dim=1, num_negatives=1, spectrogram=0, feature_grad_mult=0, feature_penalty=0)
@@ -623,7 +624,7 @@ class _Parts(nn.Module):
         known = as_metadata(metadata, batch_size) | ({} if log_scale is None else {"log_scale": log_scale})
         return self.station_encoder(known, batch_size)
 
-# %% ../../nbs/10_models.gp2vec.ipynb #new-b3a3e4
+# %% ../../nbs/10_models.gp2vec.ipynb #10-086
 class Backbone(_Parts):
     "Waveforms to representations."
 

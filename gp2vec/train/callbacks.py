@@ -73,6 +73,31 @@ def _reports(trainer: Any, done: int) -> bool:
     "Whether the loggers get a row after this many steps: what is logged in between costs time and is never written."
     return done % max(trainer.log_every_n_steps, 1) == 0
 
+
+class _Steps(pl.Callback):
+    "Tells steps of the optimiser from batches, of which a step takes several where gradients are accumulated."
+
+    _before = 0  # steps when the last batch had ended
+
+    def on_train_start(self, trainer, pl_module):
+        "A run may begin in the middle."
+        self._before = trainer.global_step
+
+    def _stepped(self, trainer) -> bool:
+        "Whether the batch that has ended was the last of a step."
+        before, self._before = self._before, trainer.global_step
+        return before != self._before
+
+
+@contextmanager
+def _judged(pl_module: Any) -> Iterator[GP2Vec]:
+    "The model as it is validated and exported: with the average of the weights, where there is one."
+    before = pl_module.show(bool(pl_module.average))
+    try:
+        yield pl_module.model
+    finally:
+        pl_module.show(before)
+
 # %% ../../nbs/14_train.callbacks.ipynb #14-009
 class _Books(pl.Callback):
     "Counts, names and remembers what `Guard` decides."
@@ -179,11 +204,11 @@ class Guard(_Books):
 MIN_PERPLEXITY = 5.0  # a codebook of which fewer words are in use has collapsed
 
 
-class CollapsedCodes(RuntimeError):
+class CollapsedCodes(ArithmeticError):
     "Raised by `CollapseAlarm`: the run learns to name everything alike."
 
 
-class CollapseAlarm(pl.Callback):
+class CollapseAlarm(_Steps):
     "Warns when hardly any codeword is in use, and stops the run when that stays so."
 
     BLOCK = 10  # steps whose choices are added up before anybody looks at them
@@ -199,8 +224,10 @@ class CollapseAlarm(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Count, and look every few steps."
-        counts = code_counts(outputs["codes"], pl_module.model.config.quantizer.codebook_size)
-        self._count, self._steps = self._count + counts, self._steps + 1
+        self._count = self._count + code_counts(outputs["codes"], pl_module.model.config.quantizer.codebook_size)
+        if not self._stepped(trainer):
+            return
+        self._steps += 1
         if self._steps % self.BLOCK == 0:
             self._blocks.append(_over_processes(self._count, "SUM"))
             self._count = 0.0
@@ -244,19 +271,22 @@ class _WaitClock(Profiler):
 
 
 def _gpu(device: torch.device) -> dict[str, float]:
-    "Largest memory in use since the last look (GiB), and utilisation (%) where NVIDIA's library can be asked."
+    "Largest memory in use since the last look (GiB), and utilisation (%) where `nvidia-ml-py` is installed."
     if device.type != "cuda":
         return {}
     found = {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     torch.cuda.reset_peak_memory_stats(device)
     try:
         found["gpu_utilisation"] = float(torch.cuda.utilization(device))
-    except (ModuleNotFoundError, RuntimeError):  # needs the package nvidia-ml-py
+    except (
+        ModuleNotFoundError,
+        RuntimeError,
+    ):  # PyTorch asks through nvidia-ml-py, which it does not bring
         pass
     return found
 
 # %% ../../nbs/14_train.callbacks.ipynb #14-015
-class Throughput(pl.Callback):
+class Throughput(_Steps):
     "Logs windows and hours of seismogram per second of all processes, the share of waiting, and the GPU's load."
 
     def setup(self, trainer, pl_module, stage):
@@ -266,6 +296,7 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         "Start the clock."
+        super().on_train_start(trainer, pl_module)
         self._windows, self._seconds = 0, 0.0
         self._since, self._waited = time.perf_counter(), getattr(trainer.profiler, "waited", 0.0)
 
@@ -274,7 +305,7 @@ class Throughput(pl.Callback):
         rate = pl_module.model.config.sampling_rate
         windows, samples = len(batch["id"]), batch["waveform"].shape[-1]
         self._windows, self._seconds = self._windows + windows, self._seconds + windows * samples / rate
-        if not _reports(trainer, trainer.global_step):
+        if not self._stepped(trainer) or not _reports(trainer, trainer.global_step):
             return
         spent = time.perf_counter() - self._since
         found = {
@@ -329,7 +360,8 @@ class OnlineProbe(pl.Callback):
     def _note(self, trainer, pl_module):
         # All processes look: the others would wait anyway, and a model in parts needs them.
         if trainer.global_step not in self.history:
-            self.history[trainer.global_step] = auc = self.probe(pl_module.model)
+            with _judged(pl_module) as model:
+                self.history[trainer.global_step] = auc = self.probe(model)
             zero = next(iter(self.history.values()))
             step = max(trainer.global_step - 1, 0)  # what is told of a step stands in its row
             for logger in trainer.loggers:
@@ -479,7 +511,7 @@ def draw_frames(
     return figure
 
 # %% ../../nbs/14_train.callbacks.ipynb #14-041
-class Figures(pl.Callback):
+class Figures(_Steps):
     "Draws held-out windows every so often: PNG files in the run's folder, and loggers that take figures."
 
     def __init__(
@@ -490,6 +522,7 @@ class Figures(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         "Take the first held-out windows, without taking random numbers."
+        super().on_train_start(trainer, pl_module)
         with _aside(pl_module.model):
             batch = next(iter(cast(Any, trainer).datamodule.val_dataloader()))
         batch["waveform"] = batch["waveform"].nan_to_num(0.0, 0.0, 0.0)
@@ -497,7 +530,7 @@ class Figures(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Every so often."
-        if trainer.global_step % self.every == 0:
+        if self._stepped(trainer) and trainer.global_step % self.every == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer, pl_module):
@@ -509,8 +542,8 @@ class Figures(pl.Callback):
             return
         self._done = trainer.global_step
         for draw in (draw_answers, draw_codes, draw_frames):
-            with trainer.precision_plugin.forward_context():
-                figure = draw(pl_module.model, self._batch)  # on all processes: a model in parts needs them
+            with trainer.precision_plugin.forward_context(), _judged(pl_module) as model:
+                figure = draw(model, self._batch)  # on all processes: a model in parts needs them
             if trainer.is_global_zero:
                 _publish(trainer, draw.__name__.removeprefix("draw_"), figure)
 
@@ -528,7 +561,7 @@ def _publish(trainer: pl.Trainer, name: str, figure: Figure) -> None:
             logger.log_image(name, [str(path)], step)
 
 # %% ../../nbs/14_train.callbacks.ipynb #14-043
-class PeriodicExport(pl.Callback):
+class PeriodicExport(_Steps):
     "Writes the model to `exports/step=…` in the run's folder, in the form of `from_pretrained`."
 
     def __init__(
@@ -541,13 +574,12 @@ class PeriodicExport(pl.Callback):
         "Every so often; a folder has its name only when it is whole."
         step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "exports" / f"step={step:09d}"
-        if step % self.every:
+        if not self._stepped(trainer) or step % self.every:
             return
-        before = pl_module.show(bool(pl_module.average))
-        state = trainer.strategy.lightning_module_state_dict()  # from all processes
-        if trainer.is_global_zero and not folder.exists():
-            self._write(pl_module.model.config, state, folder)
-        pl_module.show(before)
+        with _judged(pl_module) as model:
+            state = trainer.strategy.lightning_module_state_dict()  # from all processes
+            if trainer.is_global_zero and not folder.exists():
+                self._write(model.config, state, folder)
 
     def _write(self, config, state, folder):
         "Through a model of its own: that of the run may be in parts."

@@ -998,7 +998,7 @@ def run_evaluation(
         write_results(tables[name], output, name, notes=notes)
     return tables
 
-# %% ../../nbs/17_train.evaluate_downstream.ipynb #new-84b6c5
+# %% ../../nbs/17_train.evaluate_downstream.ipynb #17-084
 def _asked(
     model: GP2Vec, windows: LabelledWindows, task: Task, config: EvaluationConfig, control: bool
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -1055,7 +1055,7 @@ def _two_classes(labels: Any, names: tuple[str, str], what: str) -> list[str]:
 
 def _named(values: Sequence[Any], task: Task) -> list[Any]:
     "0 and 1, False and True, and `event` of the task of that name, as the names of classes; others stay."
-    known = {0: task.negative[0], 1: task.positive[0]} if task.negative else {}
+    known: dict[Any, str] = {0: task.negative[0], 1: task.positive[0]} if task.negative else {}
     known |= {"event": task.positive[0]} if task.name == "event" else {}
     names = (*task.positive, *task.negative)
     return [value if value in names else known.get(value, value) for value in values]

@@ -211,7 +211,7 @@ class Picker(PickingNetwork, Pretrained, library_name="gp2vec", license="mit"):
         log_scale: Tensor | None = None,  # log10 of the scale of the raw window, (B,); None: unknown
     ) -> Tensor:  # logits, (B, 3, N), in the order P, S, noise
         "Score every sample."
-        known = {"component_mask": component_mask, "log_scale": log_scale, "layer": self.config.layer}
+        known: dict[str, Any] = {"component_mask": component_mask, "log_scale": log_scale, "layer": self.config.layer}
         if self.config.layer == 0:
             frames = self.model.encode(waveforms, **known)
         else:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
+import signal
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning_fabric.utilities.seed import pl_worker_init_function
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..data.augment import Augment, AugmentConfig, sample_keys
+from ..models.encoder import at_least
 from gp2vec.models.gp2vec import (
     GP2Vec,
     GP2VecConfig,
@@ -35,6 +41,7 @@ from gp2vec.models.gp2vec import (
     normalise,
     sample_negatives,
     settings_from_dict,
+    settings_to_dict,
     span_mask,
 )
 from ..models.quantizer import GumbelQuantizer, RandomProjectionQuantizer
@@ -43,7 +50,7 @@ from .probes import untrained
 # %% auto #0
 __all__ = ['OptimizerConfig', 'SchedulerConfig', 'TrainConfig', 'rate_factor', 'anneal', 'build_optimizer', 'questions',
            'gumbel_noise', 'code_counts', 'code_metrics', 'first_windows', 'begin_epoch', 'Pretraining', 'WindowData',
-           'FullySharded']
+           'FullySharded', 'strategy_of']
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-006
 logger = logging.getLogger(__name__)
@@ -60,11 +67,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _within(name: str, value: float, low: float, high: float) -> None:
     "Refuse a number out of its range."
     if not low <= value <= high:
-        raise ValueError(
-            f"{name} is {low:g} or more, not {value}"
-            if high == math.inf
-            else f"{name} is from {low:g} to {high:g}, not {value}"
-        )
+        raise ValueError(f"{name} is from {low:.10g} to {high:.10g}, not {value}")
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-007
 @dataclass(frozen=True)
@@ -80,8 +83,10 @@ class OptimizerConfig:
     def __post_init__(self):
         "Refuse what cannot be."
         _one_of("train.optimizer.name", self.name, OPTIMIZERS)
-        _within("train.optimizer.lr", self.lr, 0, math.inf)
-        _within("train.optimizer.weight_decay", self.weight_decay, 0, math.inf)
+        at_least("train.optimizer", self, lr=0, weight_decay=0)
+        at_least("train.optimizer", self, above=True, eps=0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.optimizer.betas are 0 or more and below 1, not {list(self.betas)}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class SchedulerConfig:
     def __post_init__(self):
         "Refuse what cannot be."
         _one_of("train.lr_scheduler.name", self.name, SCHEDULES)
-        _within("train.lr_scheduler.warmup_steps", self.warmup_steps, 0, math.inf)
+        at_least("train.lr_scheduler", self, warmup_steps=0, power=0)
         _within("train.lr_scheduler.hold", self.hold, 0, 0.9)
         _within("train.lr_scheduler.final", self.final, 0, 1)
         if self.name == "tri_stage" and not self.final:
@@ -132,29 +137,19 @@ class TrainConfig:
 
     def __post_init__(self):
         "Refuse what cannot be."
-        for name, low in {
-            "max_epochs": 1,
-            "max_steps": -1,
-            "max_bad_steps": 1,
-            "log_every": 1,
-            "keep_checkpoints": 1,
-        }.items():
-            _within(f"train.{name}", getattr(self, name), low, math.inf)
-        for name in (
-            "validate_every",
-            "checkpoint_every",
-            "export_every",
-            "probe_every",
-            "figures_every",
-            "probe_layer",
-        ):
-            _within(f"train.{name}", getattr(self, name), 0, math.inf)
+        at_least("train", self, max_epochs=1, max_bad_steps=1, log_every=1, keep_checkpoints=1, gradient_clip=0)
+        at_least("train", self, validate_every=0, checkpoint_every=0, export_every=0, figures_every=0)
+        at_least("train", self, probe_every=0, probe_layer=0)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(
+                f"train.max_steps is 1 or more, or -1 for as many as the epochs have, not {self.max_steps}"
+            )
+        _within("train.seed", self.seed, 0, 2**31)  # it is added to, and others take 32 bits of it
         _within("train.ema_decay", self.ema_decay, 0, 0.99999)
-        _within("train.gradient_clip", self.gradient_clip, 0, math.inf)
         for value in self.temperature:
-            _within("train.temperature", value, 1e-3, math.inf)
+            _within("train.temperature", value, 1e-3, 1e3)
         for value in self.mask_ramp:
-            _within("train.mask_ramp", value, 1e-3, math.inf)
+            _within("train.mask_ramp", value, 1e-3, 1)
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-011
 def rate_factor(
@@ -361,6 +356,34 @@ def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
+# %% ../../nbs/13_train.pretraining.ipynb #13-064
+_LEARNING = ("seed", "gradient_clip", "temperature", "mask_ramp", "ema_decay", "optimizer", "lr_scheduler")
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "train.") -> dict[str, Any]:
+    "Settings with their places."
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        found |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: plain}
+    return found
+
+
+def _changes(config: TrainConfig, saved: Mapping[str, Any]) -> str:
+    "Which settings that decide on what is learned are others than those of a checkpoint, in words."
+    now, before = settings_to_dict(config), _leaves(settings_to_dict(TrainConfig())) | _leaves(saved)
+    mine = _leaves({name: now[name] for name in _LEARNING})
+    return ", ".join(f"{name}={value} (was {before[name]})" for name, value in mine.items() if value != before[name])
+
+
+def _renew(schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig) -> None:
+    "Give an optimiser and a schedule that were loaded the settings of the run that goes on."
+    decays = (config.weight_decay, 0.0)  # of the groups of `build_optimizer`
+    for group, factor, decay in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, decays, strict=True):
+        group |= {"betas": config.betas, "eps": config.eps, "weight_decay": decay, "initial_lr": config.lr}
+        group["lr"] = config.lr * factor(schedule.last_epoch)
+    schedule.base_lrs = [config.lr for _ in decays]
+
 # %% ../../nbs/13_train.pretraining.ipynb #13-033
 class _Resumable(pl.LightningModule):
     "Goes on with the very next window after an interruption."
@@ -402,6 +425,10 @@ class _Resumable(pl.LightningModule):
         if "loops" in checkpoint and WindowData.__qualname__ in checkpoint:
             begin_epoch(checkpoint, checkpoint[WindowData.__qualname__]["order"]["epoch"])
             self._left = checkpoint.get("left")
+            saved = checkpoint.get("hyper_parameters", {}).get("train")
+            changed = _changes(self.config, saved) if saved and self.trainer.state.fn == "fit" else ""
+            if changed and self.trainer.is_global_zero:
+                logger.warning("goes on with other settings than it began with: %s", changed)
         elif "loops" in checkpoint and self.trainer.state.fn == "fit":
             warnings.warn("these data do not know their position: the windows of an epoch begin anew", stacklevel=2)
 
@@ -409,6 +436,9 @@ class _Resumable(pl.LightningModule):
         "Nothing of the interrupted epoch is left to be wound forward to; what was due is done first."
         loop, left, self._left = cast(Any, self.trainer.fit_loop.epoch_loop), self._left, None
         loop.restarting = False
+        if left:
+            for schedule in self.trainer.lr_scheduler_configs:
+                _renew(cast(Any, schedule.scheduler), self.config.optimizer)
         if left and left["validate"]:
             loop._batches_that_stepped -= 1  # its row in the metrics belongs to the step before
             self.trainer.validating = True
@@ -673,10 +703,26 @@ class _Together(DataLoader):
     device = torch.device("cpu")  # where processes talk to each other
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-043
+def _complain(kind: Any, error: BaseException, trace: Any) -> None:
+    "Print what nobody caught, unless it says that the run is gone, which its own last words tell."
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _deafen(worker: int) -> None:
+    "Let a process that loads not hear a stop, which all of a job are told: the step is finished first."
+    sys.excepthook = _complain
+    if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning does where nobody else has something to do
+        pl_worker_init_function(worker)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _loader(data: WindowData, dataset: Any, whole: bool, shuffle: bool = False) -> DataLoader:
     "Batches of this process."
     (world, rank), trainer = data.world, data.trainer
-    how: dict[str, Any] = {"num_workers": data.num_workers, "drop_last": whole}
+    how: dict[str, Any] = {"num_workers": data.num_workers, "drop_last": whole, "worker_init_fn": _deafen}
     if isinstance(dataset, IterableDataset):
         loader = _Together(dataset, data.batch_size, **how)
         loader.device = trainer.strategy.root_device if trainer else loader.device
@@ -688,14 +734,10 @@ def _loader(data: WindowData, dataset: Any, whole: bool, shuffle: bool = False) 
     return DataLoader(dataset, data.batch_size, **how)
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-044
-class _Placed(pl.LightningDataModule):
-    "Knows where in the data a run stands, and which part of them is this process's."
+class _Shared(pl.LightningDataModule):
+    "Knows which part of the data is this process's."
 
-    train: Any
-    val: Any
     batch_size: int
-    num_workers: int
-    _batches = 0  # of the run, when the training loader was made
 
     @property
     def world(self) -> tuple[int, int]:  # number of processes; which of them this is, from 0
@@ -706,6 +748,28 @@ class _Placed(pl.LightningDataModule):
     def _step(self) -> int:
         "Windows of one step, all processes together."
         return self.batch_size * self.world[0]
+
+    @property
+    def _learned(self) -> int:
+        "Windows of one step of the optimiser, which may take several batches."
+        return self._step * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+
+    def val_place(
+        self,
+        batch_idx: int,  # batch of this process
+    ) -> int:  # from 0; from `val_windows` on windows are there only to fill a batch
+        "Number of the first window of a validation batch among all."
+        world, rank = self.world
+        return (batch_idx * world + rank) * self.batch_size
+
+# %% ../../nbs/13_train.pretraining.ipynb #13-065
+class _Placed(_Shared):
+    "Knows where in the data a run stands."
+
+    train: Any
+    val: Any
+    num_workers: int
+    _batches = 0  # of the run, when the training loader was made
 
     @property
     def epoch_batches(self) -> float:
@@ -719,14 +783,6 @@ class _Placed(pl.LightningDataModule):
     def val_windows(self) -> float:
         "Windows held out; infinite where the dataset does not know its length."
         return len(self.val) if hasattr(self.val, "__len__") else math.inf
-
-    def val_place(
-        self,
-        batch_idx: int,  # batch of this process
-    ) -> int:  # from 0; from `val_windows` on windows are there only to fill a batch
-        "Number of the first window of a validation batch among all."
-        world, rank = self.world
-        return (batch_idx * world + rank) * self.batch_size
 
     def setup(self, stage: str) -> None:
         "A run begins with the first epoch, unless a checkpoint is loaded next."
@@ -745,10 +801,17 @@ class _Placed(pl.LightningDataModule):
         order = self.train.state_dict((batches - self._batches) * self._step)
         if order["windows"] - order["position"] < self._step:  # what does not fill a step is dropped
             order |= {"epoch": order["epoch"] + 1, "position": 0}
-        return {"order": order, "batches": batches}
+        return {"order": order, "batches": batches, "step_windows": self._learned}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        "Go on from a position."
+        "Go on from a position; a step of other windows than before is said."
+        before = state_dict.get("step_windows", self._learned)
+        if before != self._learned and (self.trainer is None or self.trainer.is_global_zero):
+            logger.warning(
+                "a step takes %d windows and took %d when the run was interrupted, so it is another run from here on: "
+                "keep data.batch_size times devices times accumulate_grad_batches to go on with the same",
+                *(self._learned, before),
+            )
         self.train.load_state_dict(state_dict["order"])
         self._batches = state_dict["batches"]
 
@@ -873,3 +936,15 @@ class FullySharded(ModelParallelStrategy):
             for p in [p for p in optimizer.state if names[id(p)] not in named["state"]]:
                 del optimizer.state[p]  # it never had a gradient, and torch has just made up a first step
         return checkpoint
+
+# %% ../../nbs/13_train.pretraining.ipynb #13-066
+# How long processes wait for each other: one that was killed is missed, and one that saves gigabytes to S3 is not.
+_PATIENCE = timedelta(minutes=10)
+
+
+def strategy_of(
+    name: str,  # a strategy of the settings of a trainer
+) -> str | Strategy:  # as the trainer takes it
+    "How the work is split; processes that wait in vain for another give up after ten minutes, not after thirty."
+    patient: dict[str, Any] = {"ddp": DDPStrategy, "fsdp2": FullySharded}
+    return patient[name](timeout=_PATIENCE) if name in patient else name

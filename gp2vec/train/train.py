@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -32,11 +32,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
-from torch import nn
 from yaml import YAMLError
 
 from ..data.archive import CREDENTIALS, DAY, Archive, build_manifest, parse_time, write_archive, write_manifest
@@ -45,9 +43,10 @@ from ..data.datapipes import ShardDataset, write_split
 from ..data.embedded import SyntheticConfig, real_inventory, real_recordings, synthetic_network
 from ..data.metadata import StationMetadataManager, StationService
 from ..data.preprocessing import PreprocessingConfig
-from ..models.encoder import frame_count, frame_geometry
+from ..models.encoder import at_least, frame_count, frame_geometry
 from ..models.gp2vec import Encode, GP2Vec, GP2VecConfig, settings_from_dict, settings_to_dict, span_mask
 from gp2vec.train.callbacks import (
+    MIN_PERPLEXITY,
     CollapseAlarm,
     CollapsedCodes,
     Figures,
@@ -64,6 +63,7 @@ from gp2vec.train.pretraining import (
     SchedulerConfig,  # noqa: F401
     TrainConfig,
     WindowData,
+    strategy_of,
 )
 from .probes import LabelledWindows, label_windows
 
@@ -78,16 +78,10 @@ __all__ = ['STRATEGIES', 'PRECISIONS', 'AGAIN', 'AugmentationConfig', 'MetadataC
 def _one_of(path: str, value: str, known: Sequence[str]) -> None:
     "Refuse a name that is not in the registry, and offer the nearest."
     if value not in known:
-        near = get_close_matches(value, known, 1, 0.5)
+        word = value.lower()
+        near = [name for name in known if name.startswith(f"{word}-")] or get_close_matches(word, known, 1, 0.5)
         hint = f": did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{path} is one of {', '.join(known)}, not {value!r}{hint}")
-
-
-def _at_least(path: str, config: Any, **least: float) -> None:
-    "Refuse numbers below the least that makes sense."
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"{path}.{name} is {low:g} or more, not {getattr(config, name):g}")
 
 # %% ../../nbs/15_train.train.ipynb #15-007
 @dataclass(frozen=True)
@@ -131,7 +125,8 @@ class DataConfig:
 
     def __post_init__(self):
         "Refuse what cannot be, before anything is read."
-        _at_least("data", self, max_stations=0, max_days=0, num_workers=0, shard_size=1, workers=1, batch_size=1)
+        at_least("data", self, max_stations=0, max_days=0, num_workers=0, seed=0)
+        at_least("data", self, shard_size=1, workers=1, batch_size=1)
         if self.credentials not in CREDENTIALS:  # what came is not repeated: it may be a key
             raise ValueError(f"data.credentials is one of {', '.join(CREDENTIALS)}, and never a key")
         if not 0 < self.held_out < 1:
@@ -164,7 +159,7 @@ class TrainerConfig:
     devices: int | str = "auto"  # processes per machine, one GPU each; auto: all GPUs, or one process
     num_nodes: int = 1  # machines
     strategy: str = "auto"  # auto, ddp, fsdp2 or deepspeed
-    precision: str = "16-mixed"  # 16-mixed, bf16-mixed or 32-true; on CPUs see `working_precision`
+    precision: str | int = "16-mixed"  # 16-mixed, bf16-mixed or 32-true; on CPUs see `working_precision`
     accumulate_grad_batches: int = 1  # batches of each process per optimiser step
     fast_dev_run: bool | int = False  # that many batches, and nothing is saved: does it run at all?
 
@@ -172,8 +167,10 @@ class TrainerConfig:
         "Refuse names that do not exist."
         _one_of("train.trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
         _one_of("train.trainer.strategy", self.strategy, STRATEGIES)
-        _one_of("train.trainer.precision", self.precision, PRECISIONS)
-        _at_least("train.trainer", self, num_nodes=1, accumulate_grad_batches=1)
+        _one_of("train.trainer.precision", str(self.precision), PRECISIONS)  # YAML reads 16 as a number
+        at_least("train.trainer", self, num_nodes=1, accumulate_grad_batches=1)
+        if not isinstance(self.fast_dev_run, bool):
+            at_least("train.trainer", self, fast_dev_run=0)
         if self.devices != "auto" and (isinstance(self.devices, str) or self.devices < 1):
             raise ValueError(f"train.trainer.devices is auto or a number of processes, not {self.devices!r}")
 
@@ -189,14 +186,14 @@ class TrainGroup(TrainConfig):
         "The settings of the run alone, as they go into a checkpoint: the machines may be others when it goes on."
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
 
-# %% ../../nbs/15_train.train.ipynb #new-153f7e
+# %% ../../nbs/15_train.train.ipynb #15-064
 def working_precision(
     trainer: TrainerConfig,  # settings of the machines
 ) -> str:  # one of `PRECISIONS`
     "The precision that is asked for, but float32 on a CPU on which half precision would be slower."
     elsewhere = torch.accelerator.is_available() if trainer.accelerator == "auto" else trainer.accelerator != "cpu"
     if elsewhere or trainer.precision == "32-true":
-        return trainer.precision
+        return str(trainer.precision)
     able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if able else "32-true"
 
@@ -250,6 +247,11 @@ class RunConfig:
             raise ValueError(
                 f"train.probe_layer is from 0 to {layers}, the layers of the model, not {self.train.probe_layer}"
             )
+        if self.model.quantizer.codebook_size <= MIN_PERPLEXITY:
+            raise ValueError(
+                f"model.quantizer.codebook_size is above {MIN_PERPLEXITY:g}, as a run that uses fewer codewords is "
+                f"stopped, not {self.model.quantizer.codebook_size}"
+            )
         if self.train.ema_decay and self.train.trainer.strategy == "deepspeed":
             raise ValueError(
                 "train.ema_decay is 0 with strategy=deepspeed, which keeps no average: take strategy=fsdp2"
@@ -301,13 +303,44 @@ def _paths(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield from _paths(below, f"{above}{name}.")
 
 
-def _nearest(name: str, above: str, level: Mapping[str, Any], everywhere: Sequence[str]) -> str:
-    "The name beside it, or the place of that name, or of the nearest name, elsewhere."
-    if near := get_close_matches(name, level, 1):
-        return above + near[0]
-    lasts = [path.rpartition(".")[2] for path in everywhere]
-    near = get_close_matches(name, lasts, 1, 0.8)
-    return everywhere[lasts.index(near[0])] if near else ""
+_OTHER = {  # names that are usual elsewhere -> what there is here
+    "learning_rate": "did you mean train.optimizer.lr?",
+    "probability": "each augmentation has a probability of its own, such as data.augmentation.shift_probability",
+}
+
+
+def _chain(name: str, value: Any) -> list[str]:
+    "A name and the names below it, as far as there is one each."
+    if isinstance(value, Mapping) and len(value) == 1:
+        return [name, *_chain(*next(iter(value.items())))]
+    return [str(name)]
+
+
+def _meant(chain: Sequence[str], above: str) -> list[str]:
+    "The settings of these names, one below the other, or of the last of them; else the nearest, there or elsewhere."
+    everywhere = list(_paths(_tree(RunConfig)))
+    for i in range(len(chain)):
+        end = "." + ".".join(chain[i:])
+        if found := [path for path in everywhere if f".{path}".endswith(end)]:
+            shared = [len(os.path.commonprefix([path, above])) for path in found]
+            return [path for path, n in zip(found, shared, strict=True) if n == max(shared)]
+    if len(chain) > 1 and (groups := _meant(chain[:-1], above)):
+        return _meant(chain[-1:], f"{groups[0]}.") or groups
+    beside = [path for path in everywhere if path.rpartition(".")[0] == above.rstrip(".")]
+    for paths, least in ((beside, 0.6), (everywhere, 0.8)):
+        lasts = {path.rpartition(".")[2]: path for path in reversed(paths)}
+        if near := get_close_matches(chain[-1], lasts, 1, least):
+            return [lasts[near[0]]]
+    return []
+
+
+def _advice(name: str, value: Any = None, above: str = "") -> str:
+    "What to write instead of a name that is no setting, after a colon; empty where nobody knows."
+    chain = _chain(name, value)
+    if other := next((_OTHER[word] for word in chain if word in _OTHER), ""):
+        return f": {other}"
+    found = _meant(chain, above)[:3]
+    return f": did you mean {' or '.join(found)}?" if found else ""
 
 
 def _refuse_strangers(settings: Mapping[str, Any], tree: Mapping[str, Any], above: str = "") -> None:
@@ -320,9 +353,8 @@ def _refuse_strangers(settings: Mapping[str, Any], tree: Mapping[str, Any], abov
                 "model.quantizer.type=gumbel"
             )
         if not known:
-            near = _nearest(str(name), above, tree, list(_paths(_tree(RunConfig))))
             place = above.rstrip(".") or "the run"
-            raise ValueError(f"{place} has no setting {name!r}" + (f": did you mean {near}?" if near else ""))
+            raise ValueError(f"{place} has no setting {name!r}{_advice(str(name), value, above)}")
         if tree[name] and isinstance(value, Mapping):
             _refuse_strangers(value, tree[name], f"{above}{name}.")
         elif tree[name] and not isinstance(value, str):  # a word may stand for another group
@@ -343,6 +375,14 @@ def _own(override: str) -> str:
     if name.partition(".")[0].partition("/")[0] == "hydra":
         raise ValueError(f"{name}: Hydra's own settings could name code to run, and are not taken")
     return "++" + override if "." in name and override[0] not in "+~" else override
+
+
+def _add_package() -> None:
+    "Let Hydra look for files in the package where a folder lacks them, the one to begin with too."
+    loader = cast(Any, GlobalHydra.instance().config_loader())
+    path = loader.get_search_path()
+    path.prepend("gp2vec", f"pkg://{_PACKAGE}", anchor="schema")
+    loader.repository.initialize_sources(path)
 
 
 def _part(composed: DictConfig, name: str) -> Any:
@@ -366,16 +406,18 @@ def _known_files(group: str) -> list[str]:
     return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml")) if folder.is_dir() else []
 
 
-def _explain(error: Exception, name: str, overrides: Sequence[str]) -> NoReturn:
+def _explain(error: Exception, name: str, overrides: Sequence[str], folder: str | os.PathLike) -> NoReturn:
     "Say in one sentence what could not be composed."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, wanted = error.missing_cfg_file.rpartition("/")
-        known = list(error.options or _known_files(group)) or _known_files("experiment")
-        shown = f"{group}/" if error.options is None and group else ""
-        near = get_close_matches(wanted, known, 1, 0.5)
+        missing, known = error.missing_cfg_file, list(error.options or ())
+        if not known:  # a file to begin with
+            own = sorted(path.stem for path in Path(folder).glob("*.yaml")) if folder else []
+            known = [*own, "config", *(f"experiment/{name}" for name in _known_files("experiment"))]
+        names = {name.rpartition("/")[2]: name for name in known}
+        near = get_close_matches(missing.rpartition("/")[2], names, 1, 0.5)
         raise ValueError(
-            f"there is no {error.missing_cfg_file} among the files of settings, which are "
-            f"{', '.join(shown + k for k in known)}" + (f": did you mean {near[0]}?" if near else "")
+            f"there is no {missing} among the files of settings, which are {', '.join(known)}"
+            + (f": did you mean {names[near[0]]}?" if near else "")
         ) from None
     top = [f.name for f in fields(RunConfig)]
     for override in overrides:
@@ -385,10 +427,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> NoReturn:
                 f"{override!r} is no change of a setting: write name=value, or --config-name=NAME"
             ) from None
         if word.isidentifier() and word not in top:
-            near = get_close_matches(word, top, 1)
-            raise ValueError(
-                f"the run has no setting {word!r}" + (f": did you mean {near[0]}?" if near else "")
-            ) from None
+            raise ValueError(f"the run has no setting {word!r}{_advice(word)}") from None
     raise ValueError(f"the settings of {name} cannot be composed: {_sentence(error)}") from None
 
 
@@ -398,7 +437,7 @@ OmegaConf.register_new_resolver("heads", lambda dim: max(dim // 64, 1), replace=
 def compose(
     name: str = "config",  # file to begin with, such as "experiment/debug"
     overrides: Sequence[str] = (),  # changes, such as "model=tiny" or "data.batch_size=64"
-    folder: str | os.PathLike = "",  # a folder of your own files; groups that it lacks are the package's
+    folder: str | os.PathLike = "",  # a folder of your own files; what it lacks is the package's
 ) -> DictConfig:  # all groups, interpolations not yet resolved
     "Put files and changes together; what cannot be is a ValueError of one sentence."
     GlobalHydra.instance().clear()
@@ -408,12 +447,15 @@ def compose(
         if folder
         else hydra.initialize_config_module(_PACKAGE, version_base="1.3")
     )
-    changes = [*map(_own, overrides), *([f"hydra.searchpath=[pkg://{_PACKAGE}]"] if folder else [])]
+    # A file may not add to the places of files: to look into a package is to run it.
+    changes = [*map(_own, overrides), *(["hydra.searchpath=[]"] if folder else [])]
     with begin:
+        if folder:
+            _add_package()
         try:
             composed = hydra.compose(name, changes, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            _explain(error, name, overrides)
+            _explain(error, name, overrides, folder)
     for part, plain in _hydra_parts().items():
         if plain != _part(composed, part):
             raise ValueError(f"hydra.{part}: Hydra's own settings could name code to run, and are not taken")
@@ -513,6 +555,28 @@ def open_shards(
     return Prepared(train, val, manifest, stations, {})
 
 # %% ../../nbs/15_train.train.ipynb #15-029
+def _nothing_found(config: DataConfig) -> str:
+    "What was looked for in vain, as it was written."
+    names = ("networks", "stations", "channels", "start", "end")
+    given = {f"data.{name}": getattr(config, name) for name in names if getattr(config, name)}
+    asked = " ".join(f"{n}={v if isinstance(v, str) else '[' + ','.join(v) + ']'}" for n, v in given.items())
+    if not asked:
+        return f"data.archive={config.archive} holds no objects: name another"
+    return f"data.archive={config.archive} holds no objects of {asked}: ask for more"
+
+
+@contextmanager
+def _refused_shards(folder: Path) -> Iterator[None]:
+    "Say what can be typed where shards are refused as those of other settings; the arguments are not the user's."
+    try:
+        yield
+    except ValueError as error:
+        said, _, advice = str(error).rpartition(": ")
+        if "overwrite=True" not in advice:
+            raise
+        raise ValueError(f"{said}: name another folder in data.directory, or remove {folder}") from None
+
+
 def _make(config: DataConfig, progress: bool, stage: Callable[[str], AbstractContextManager]) -> Prepared:
     "Manifest, station table and shards of an archive."
     folder = Path(config.directory)
@@ -528,9 +592,7 @@ def _make(config: DataConfig, progress: bool, stage: Callable[[str], AbstractCon
         bounds = (config.networks, config.stations, config.channels, config.start or None, config.end or None)
         manifest = limit_manifest(build_manifest(archive, *bounds), config.max_stations, config.max_days)
         if manifest.empty:
-            raise ValueError(
-                f"{config.archive} has no objects for {bounds}: widen networks, stations, channels, start or end"
-            )
+            raise ValueError(_nothing_found(config))
         write_manifest(manifest, manifest_path)
     with stage("stations"):
         client = config.metadata.fdsn_client
@@ -540,7 +602,7 @@ def _make(config: DataConfig, progress: bool, stage: Callable[[str], AbstractCon
             else StationMetadataManager.from_archive(archive, manifest)
         )
         manager.write(stations_path)
-    with stage("shards"):
+    with stage("shards"), _refused_shards(folder / "shards"):
         train, val, report = write_split(
             manifest, manager, folder / "shards", config.processing, config.held_out, config.seed,
             config.shard_size, config.workers, credentials=config.credentials, progress=progress,
@@ -633,7 +695,16 @@ def _extra(module: str, extra: str, setting: str) -> None:
         raise ValueError(f'{setting} needs {module}, which is not installed: pip install "gp2vec[{extra}]"')
 
 
-class _Drawn(nn.Module):
+def _wandb_id(output: str) -> str:
+    "The name of a run on the server, made once and kept in its folder, so that what goes on there is the same run."
+    path = Path(output) / "wandb.id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(os.urandom(4).hex() + "\n")
+    return path.read_text().strip()
+
+
+class _Drawn(torch.nn.Module):
     "A model as TensorBoard draws it: from waveforms to representations."
 
     def __init__(self, model: GP2Vec):
@@ -660,8 +731,9 @@ def build_loggers(
                 cast(Any, made[-1]).experiment.add_graph(_Drawn(model), waveforms)
     if wandb.enabled:
         whose: dict[str, Any] = {"project": wandb.project, "entity": wandb.entity or None, "tags": list(wandb.tags)}
-        name = Path(config.output).name
-        made.append(WandbLogger(name, config.output, offline=wandb.offline, resume="allow", **whose))
+        if _first():  # the others tell nothing
+            whose |= {"id": _wandb_id(config.output), "resume": "allow"}
+        made.append(WandbLogger(Path(config.output).name, config.output, offline=wandb.offline, **whose))
     return made
 
 # %% ../../nbs/15_train.train.ipynb #15-042
@@ -669,7 +741,7 @@ _logger = logging.getLogger(__name__)
 AGAIN = 75  # exit status of a run that was told to stop and goes on with the same command
 
 
-class Saving(Checkpoint):
+class Saving(pl.callbacks.Checkpoint):
     "Saves every so many steps, when a run ends, and when the process is told to stop."
 
     def __init__(
@@ -745,7 +817,7 @@ _SHOWN = {  # metric -> its name in the bar
 }
 
 
-class _Bar(RichProgressBar):
+class _Bar(pl.callbacks.RichProgressBar):
     "A bar with the metrics that matter."
 
     def get_metrics(self, trainer, pl_module):
@@ -763,7 +835,7 @@ def _watchers(train: TrainConfig, saved: bool) -> list[pl.Callback]:
     "The usual callbacks, in the order in which they act."
     made: list[pl.Callback] = [Guard(train.max_bad_steps), CollapseAlarm(), Throughput()]
     if saved:
-        made.append(LearningRateMonitor("step"))
+        made.append(pl.callbacks.LearningRateMonitor("step"))
     if saved and train.figures_every:
         made.append(Figures(train.figures_every))
     if saved and train.export_every:
@@ -785,15 +857,16 @@ def build_trainer(
     precision = working_precision(trainer)
     if precision == "32-true" != trainer.precision:
         _logger.info("computes in float32: this processor has no instructions for half precision")
+    machine = vars(trainer) | {"precision": precision, "strategy": strategy_of(trainer.strategy)}
     return pl.Trainer(
-        **vars(trainer) | {"precision": precision}, default_root_dir=Path(output), plugins=_plugins(train, trainer),
+        **machine, default_root_dir=Path(output), plugins=_plugins(train, trainer),
         max_epochs=train.max_epochs, max_steps=train.max_steps, gradient_clip_val=train.gradient_clip or None,
         log_every_n_steps=train.log_every, num_sanity_val_steps=0, enable_model_summary=False,
         # Intervals of validation are counted in batches.
         check_val_every_n_epoch=None if every else 1,
         val_check_interval=every * trainer.accumulate_grad_batches if every else 1.0,
         enable_progress_bar=shown, logger=list(loggers),
-        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+        enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
         reload_dataloaders_every_n_epochs=1,  # a new order each epoch, and all of it after one that was resumed
         callbacks=[*_watchers(train, saved=bool(loggers)), *([_Bar()] if shown else []), *callbacks],
     )  # fmt: skip
@@ -913,17 +986,29 @@ def _read_command(arguments: Sequence[str]) -> argparse.Namespace:
     plain = [a.removeprefix("--") if a.startswith("--") and "." in a.partition("=")[0] else a for a in arguments]
     found = parser.parse_intermixed_args(plain)
     if found.config_path and not Path(found.config_path).is_dir():
-        raise ValueError(f"--config-path={found.config_path}: there is no such folder here")
+        raise ValueError(
+            f"--config-path={found.config_path}: there is no such folder here; make it for files of your own, or leave "
+            "the option out, as those of the package need none"
+        )
     return found
+
+
+# What PyTorch says where a process that loads or learns is gone, or memory is short, also for a "primitive" of oneDNN.
+_BROKEN = ("DataLoader worker", "out of memory", "allocate memory", "could not create a primitive", "gloo/", "NCCL")
 
 
 def _known_end(error: BaseException) -> str:
     "What to say of an end that has nothing to do with the program; empty where a traceback is needed."
-    said = " ".join(str(error).split()) or "the memory of this machine is full"
-    if isinstance(error, RuntimeError) and not isinstance(error, CollapsedCodes):
-        known = ("DataLoader worker", "out of memory", "allocate memory")
-        return f"a process was killed or found no memory: {said}" if any(k in said for k in known) else ""
-    return said.rstrip(".")
+    cause: BaseException | None = error
+    while cause:  # it may be raised anywhere, and be wrapped by what was going on there
+        said = " ".join(str(cause).split())
+        lost = isinstance(cause, torch.distributed.DistError) or any(word in said for word in _BROKEN)
+        if lost and isinstance(cause, RuntimeError):
+            return f"a process was killed or found no memory: {said.partition('. This ')[0][:300]}"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError | MemoryError):
+        return " ".join(str(error).split()).rstrip(".") or "the memory of this machine is full"
+    return ""
 
 
 def _keep(composed: DictConfig, output: str) -> None:
@@ -949,10 +1034,10 @@ def main(
         if _first() and not config.train.trainer.fast_dev_run:
             _keep(composed, config.output)
         metrics, wrong = run(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CollapsedCodes, FloatingPointError) as error:
         print(f"gp2vec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not (said := _known_end(error)):
             raise
         print(f"gp2vec: {said}; the same command goes on from the last checkpoint", file=sys.stderr)
