@@ -186,6 +186,7 @@ def test_loading_process_is_killed(data, tmp_path):
     assert end(pid) == 0 and rows(run) == list(range(saved + 3)), log.read_text()[-3000:]
 
 
+@pytest.mark.slow
 def test_probes_before_a_stop_stay_in_the_table(data, tmp_path):
     "The one at the very step that the run goes on from, too."
     run, log = tmp_path / "run", tmp_path / "log"
