@@ -53,7 +53,7 @@ def write_peer(path: Path, samples: list[dict], dtype: str) -> None:
             np.save(array, sample["waveform"].numpy().astype(dtype), allow_pickle=False)
             meta = {"mask": sample["component_mask"].tolist(), "log_scale": float(sample["log_scale"])}
             meta |= {"starttime": sample["starttime"], "id": sample["id"]}
-            meta["metadata"] = {name: float(value) for name, value in sample["metadata"].items()}
+            meta["metadata"] = {name: float(sample["metadata"][name]) for name in METADATA_KEYS}
             members = {"waveform.npy": array.getvalue(), "meta.json": json.dumps(meta).encode()}
             for name, data in members.items():
                 info = tarfile.TarInfo(f"{i:08d}.{name}")
