@@ -12,13 +12,14 @@ is not repeated. A run that ends because its codes collapsed is a result, too: i
 import argparse
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import recordings
 import torch
+import torch.nn.functional as F
 
 from gp2vec.data.augment import AugmentConfig
 from gp2vec.data.preprocessing import PreprocessingConfig
@@ -27,10 +28,10 @@ from gp2vec.train.callbacks import CollapsedCodes
 from gp2vec.train.pretraining import OptimizerConfig, SchedulerConfig, TrainConfig, WindowData
 from gp2vec.train.probes import (
     LabelledWindows,
+    area_under_curve,
     crossed_folds,
     frozen_features,
     handcrafted,
-    mean_auc,
     out_of_fold_scores,
     read_onsets,
     untrained,
@@ -61,6 +62,9 @@ ARMS: dict[str, dict] = {
     "lr 3e-4": {"train.lr": 3e-4},
     "lr 3e-3": {"train.lr": 3e-3},
     "encoder gradient 1": {"feature_grad_mult": 1.0},
+    "contrastive, Gumbel, no penalty": CONTRASTIVE | {"feature_penalty": 0.0},
+    "contrastive, random projection, no penalty": {"objective": "contrastive", "feature_penalty": 0.0},
+    "whitened": {"data.whiten": True},
     "no metadata": {"data.metadata": "off"},
     "metadata shuffled": {"data.metadata": "shuffled"},
     "scale per component": {"data.scale": "component"},
@@ -108,10 +112,30 @@ def per_component(x: torch.Tensor) -> torch.Tensor:
     return x / x.std(-1, keepdim=True).clamp_min(1e-12)
 
 
+def whiten(x: torch.Tensor, rate: float = 100.0, band: float = 1.0) -> torch.Tensor:
+    "Spectra divided by their own mean amplitude over a band around every frequency (Hz), size kept, (…, C, N)."
+    spectrum = torch.fft.rfft(x)
+    wide = 2 * round(band * x.shape[-1] / rate / 2) + 1
+    amplitude = spectrum.abs().reshape(-1, 1, spectrum.shape[-1])
+    smooth = F.avg_pool1d(amplitude, wide, 1, wide // 2, count_include_pad=False).reshape(spectrum.shape)
+    flat = torch.fft.irfft(spectrum / smooth.clamp_min(1e-12), x.shape[-1])
+    return flat * (x.std((-2, -1), keepdim=True) / flat.std((-2, -1), keepdim=True).clamp_min(1e-12))
+
+
+def unknown(metadata: dict) -> dict:
+    "The metadata of a window of which nothing is known."
+    return {k: torch.full_like(v, v.is_floating_point() and float("nan")) if isinstance(v, torch.Tensor)
+            else type(v)("nan" if isinstance(v, float) else "") for k, v in metadata.items()}  # fmt: skip
+
+
 def changed(dataset, changes: dict):
     "The dataset as an arm wants it."
     if changes.get("data.scale") == "component":
         dataset = Changed(dataset, lambda s: s | {"waveform": per_component(s["waveform"])})
+    if changes.get("data.whiten"):
+        dataset = Changed(dataset, lambda s: s | {"waveform": whiten(s["waveform"])})
+    if changes.get("data.metadata") == "off":
+        dataset = Changed(dataset, lambda s: s | {"metadata": unknown(s["metadata"])})
     if changes.get("data.metadata") == "shuffled":
         known = {}
         for i in range(0, len(dataset), 7):
@@ -121,6 +145,11 @@ def changed(dataset, changes: dict):
         other = dict(zip(names, np.random.default_rng(0).permutation(np.array(names)), strict=True))
         dataset = Changed(dataset, lambda s: s | {"metadata": known[other.get(s["id"], names[0])]})
     return dataset
+
+
+def fold_auc(scores: np.ndarray, positive: np.ndarray, folds: list, weight: np.ndarray) -> float:
+    "Mean over folds of the AUC of their test rows; a fold whose weight lies on one class is left out."
+    return float(np.nanmean([area_under_curve(scores[test], positive[test], weight[test]) for _, test in folds]))
 
 
 def compare(arms: dict[str, np.ndarray], positive: np.ndarray, table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -135,17 +164,17 @@ def compare(arms: dict[str, np.ndarray], positive: np.ndarray, table: pd.DataFra
     for folds in both:
         for name, features in arms.items():
             scores = out_of_fold_scores(features, positive, folds)
-            found[name] += np.array([mean_auc(scores, positive, folds, draw) for draw in draws]) / len(both)
+            found[name] += np.array([fold_auc(scores, positive, folds, draw) for draw in draws]) / len(both)
     return found
 
 
-def questions(model, control, windows, per_component_scale: bool) -> list[dict]:
-    "AUC and its gain over the untrained network, at three depths, for two questions."
+def questions(model, control, windows, change: Callable[[torch.Tensor], torch.Tensor] | None) -> list[dict]:
+    "AUC and its gain over the untrained network, at three depths, for two questions; both see windows as changed."
     rows = []
     for task, labels, positive in (("P or S", ("P", "S"), "S"), ("event or noise", ("P", "noise"), "P")):
         subset = windows.only(*labels)
         x = subset.waveforms
-        given = per_component(torch.from_numpy(x)).numpy() if per_component_scale else x
+        given = change(torch.from_numpy(x)).numpy() if change else x
         arms = {"handcrafted": handcrafted(x, subset.sampling_rate)}
         for layer in (0, 2, None):
             arms[f"untrained/{layer}"] = frozen_features(control, given, layer)
@@ -175,8 +204,6 @@ def run(data: Path, output: Path, arm: str, seed: int, steps: int, batch: int) -
     model = {k: v for k, v in changes.items() if not k.startswith(("data.", "train."))}
     settings = settings_to_dict(GP2VecConfig.preset("tiny", mask_span=1.2))
     config = settings_from_dict(GP2VecConfig, merge(settings, model), "model")
-    if changes.get("data.metadata") == "off":
-        config = replace(config, conditioning=replace(config.conditioning, fields=("log_scale",)))
     highpass = changes.get("data.highpass", 1.0)
     train, val = recordings.write(data, output / f"highpass-{highpass:g}", highpass)
     windows = WindowData(changed(train, changes), changed(val, changes), batch)
@@ -192,8 +219,9 @@ def run(data: Path, output: Path, arm: str, seed: int, steps: int, batch: int) -
     task, metrics = pretrain(config, learning, windows, folder, augment, trainer=how, progress=False)
     seconds = time.perf_counter() - begin
     task.model.eval().save_pretrained(folder / "model")
-    answers = questions(task.model.eval(), untrained(config, seed).eval(), labelled(data, train.config),
-                        changes.get("data.scale") == "component")  # fmt: skip
+    change = per_component if changes.get("data.scale") == "component" else None
+    change = whiten if changes.get("data.whiten") else change
+    answers = questions(task.model.eval(), untrained(config, seed).eval(), labelled(data, train.config), change)
     return {"arm": arm, "seed": seed, "steps": steps, "batch": batch, "seconds": round(seconds),
             "windows": train.count, "metrics": metrics, "curve": curve(folder), "answers": answers}  # fmt: skip
 

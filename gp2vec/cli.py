@@ -262,6 +262,7 @@ def shards(
     output: str,
     stations: StationTable = "",  # made by gp2vec metadata
     held_out: float = 0.1,
+    held_out_days: float = 0.1,
     max_windows: int = 0,
     shard: str = "",
     workers: Workers = 1,  # how many processes
@@ -283,6 +284,8 @@ def shards(
         Folder or S3 URL; gets `train` and, at held-out stations, `val`.
     held_out
         Share of the stations to hold out; 0 writes all into the folder itself.
+    held_out_days
+        Share of the data to hold out besides, in whole days at its end; 0 for none.
     max_windows
         Windows kept of one station and day, evenly spread; 0 keeps all.
     shard
@@ -306,7 +309,7 @@ def shards(
         max_windows=max_windows,
     )  # fmt: skip
     how = (shard_size, workers, executor, _part(shard))
-    for name, report in _write_shards(manifest, stations, output, config, held_out, seed, *how).items():
+    for name, report in _write_shards(manifest, stations, output, config, held_out, held_out_days, seed, *how).items():
         counts = f"{report['windows']} windows; objects {report['objects']}; rejected {report['rejected']}"
         console.print(f"{output}/{name}: {counts}")
 
@@ -321,7 +324,7 @@ def _part(text: str) -> tuple[int, int] | None:
     return int(i), int(n)
 
 
-def _write_shards(manifest, stations, output, config, held_out, seed, shard_size, workers, executor, part) -> dict:
+def _write_shards(manifest, stations, output, config, held_out, days, seed, size, workers, executor, part) -> dict:
     "Reports of the parts that were written, by name."
     from gp2vec.data.archive import read_manifest
     from gp2vec.data.datapipes import SeismicDataPipeline, write_split
@@ -329,10 +332,10 @@ def _write_shards(manifest, stations, output, config, held_out, seed, shard_size
 
     manager = StationMetadataManager.read(stations) if stations else None
     if held_out:
-        table, sizes = read_manifest(manifest), (held_out, seed, shard_size, workers, executor)
-        return write_split(table, manager, output, config, *sizes, part=part)[2]
+        table, how = read_manifest(manifest), (held_out, seed, size, workers, executor)
+        return write_split(table, manager, output, config, *how, part=part, days=days)[2]
     pipeline = SeismicDataPipeline(manifest, manager, config=config)
-    pipeline.create_webdataset(shard_size, output, workers, executor, part)
+    pipeline.create_webdataset(size, output, workers, executor, part)
     return {"": pipeline.report}
 
 # %% ../nbs/22_cli.ipynb #22-022

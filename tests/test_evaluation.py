@@ -184,18 +184,27 @@ def test_splits_share_nothing(seed):
     "No event, no station (in any network) and no time is in two parts, and stations of pretraining are never tested."
     table = random_table(np.random.default_rng(seed))
     pairs = [(a, b) for a, b in crossed_folds(table, seed, ["S0", "S1"]) if len(b)]
-    try:
-        parts = split_parts(table, never_test=["S0", "S1"])
-    except ValueError as error:
-        assert "leave nothing" in str(error)
-    else:
+    seen: set[str] = set()
+    for turn in range(4):
+        try:
+            parts = split_parts(table, never_test=["S0", "S1"], seed=turn)
+        except ValueError as error:
+            assert "leave nothing" in str(error)
+            continue
         pairs += [(parts["train"], parts["dev"]), (parts["train"], parts["test"]), (parts["dev"], parts["test"])]
-        assert table.time.iloc[parts["train"]].max() < table.time.iloc[parts["test"]].min()
+        train, test = (table.time.iloc[parts[name]].to_numpy() for name in ("train", "test"))
+        assert turn or train.max() < test.min(), "seed 0 learns from the past alone"
+        apart = np.abs(train[:, None] - test).min()
+        assert apart >= 60e9 and not ((train > test.min()) & (train < test.max())).any()
         assert not {"S0", "S1"} & set(table.station.iloc[parts["test"]])
-    for a, b in pairs:
+        assert not seen & set(table.event_id.iloc[parts["test"]]), "four seeds test other events each"
+        seen |= set(table.event_id.iloc[parts["test"]])
+    for k, (a, b) in enumerate(pairs):
         one, other = table.iloc[a], table.iloc[b]
         assert not set(one.event_id) & set(other.event_id) and not set(one.station) & set(other.station)
-        assert one.time.max() < other.time.min() or other.time.max() < one.time.min()
+        if k < 4:
+            assert one.time.max() < other.time.min() or other.time.max() < one.time.min()
+        audit_split(table, a, b)
     assert not {"S0", "S1"} & set(table.station.iloc[np.concatenate([b for _, b in pairs[:4]])]) or len(pairs) < 4
 
 

@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from obspy import Stream, Trace, UTCDateTime
 from torch.utils.data import DataLoader, DistributedSampler
 
-from gp2vec.data.archive import Cache, Retry, Store, build_manifest, write_archive, write_manifest
+from gp2vec.data.archive import (
+    DAY,
+    Cache,
+    Retry,
+    Store,
+    as_manifest,
+    build_manifest,
+    write_archive,
+    write_manifest,
+)
 from gp2vec.data.datapipes import (
     EpochOrder,
     OpenShard,
@@ -33,6 +42,7 @@ from gp2vec.data.datapipes import (
     _meta,
     _ShardWriter,
     encode,
+    hold_out,
     open_executor,
     read_index,
     sample_key,
@@ -525,3 +535,32 @@ def test_memory_does_not_grow_with_stations(tmp_path):
         peaks[stations] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert verify_shards(tmp_path / f"out{stations}").count == stations * 720
     assert peaks[8] < peaks[2] + 60, peaks
+
+
+def test_held_out_are_other_stations_on_later_days():
+    "What is learned from shares neither station nor day with what is validated on, where there are days enough."
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        days, stations = rng.integers(1, 30), rng.integers(2, 12)
+        rows = [(day, station) for day in range(days) for station in range(stations) if rng.random() < 0.7]
+        rows += [(0, 0), (0, 1)]
+        known = {"layout": "scedc", "network": "XX", "location": "", "channel": "HHZ", "sampling_rate": 100.0}
+        known |= {"etag": None, "version": None}
+        table = as_manifest(
+            known
+            | {"url": f"/{day}/{station}", "key": f"{day}/{station}", "station": f"S{station}"}
+            | {"starttime": day * DAY, "endtime": (day + 1) * DAY, "byte_size": int(rng.integers(500, 1000))}
+            for day, station in rows
+        )
+        learn, check = hold_out(table, 0.3, 1)
+        assert len(learn) and len(check) and not set(learn.station) & set(check.station)
+        if len(learn) + len(check) == len(table):
+            assert days < 8, "with as many days as these one is near a tenth"
+        else:
+            assert learn.starttime.max() < check.starttime.min()
+            size = table.groupby("starttime").byte_size.sum()
+            assert size[check.starttime.min() :].sum() < 0.2 * size.sum(), "as near to a tenth as days allow"
+        whole = hold_out(table, 0.3, 1, days=0)
+        assert sum(map(len, whole)) == len(table), "without days nothing is left out"
+    with pytest.raises(ValueError, match="share of the days"):
+        hold_out(table, days=1.0)

@@ -1488,18 +1488,35 @@ def _day_samples(pipeline: SeismicDataPipeline, unit: StationDay, random: Any) -
 def hold_out(
     manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
     share: float = 0.1,  # of the stations to hold out, at least one
-    seed: int = 0,  # of the choice
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # manifests of the stations to learn from and of those held out
-    """Deal the stations of a manifest into two; fewer than two stations, or a share outside 0..1, is a ValueError."""
-    station = manifest["network"] + "." + manifest["station"]
-    names = sorted(set(station))
-    if len(names) < 2 or not 0 < share < 1:
+    seed: int = 0,  # of the choice of stations
+    days: float = 0.1,  # share of the bytes to hold out as whole days at the end, as near as days allow; 0: none
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # what to learn from, and what was held out: other stations, later days
+    """Deal a manifest into two; fewer than two stations, or shares outside 0..1, is a ValueError.
+
+    What is left of the held-out stations before, and of the other stations after, is in neither.
+    """
+    station = (manifest["network"] + "." + manifest["station"]).to_numpy()
+    if len(set(station)) < 2 or not 0 < share < 1 or not 0 <= days < 1:
         raise ValueError(
-            f"expected two stations or more and a share between 0 and 1, got {names} and {share}: list more stations"
+            f"expected two stations or more, a share of them between 0 and 1 and a share of the days from 0 to 1, "
+            f"got {sorted(set(station))}, {share} and {days}: list more stations"
         )
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    chosen = station.isin(np.random.default_rng(seed).permutation(np.array(names, dtype=object))[:count]).to_numpy()
-    return manifest[~chosen].reset_index(drop=True), manifest[chosen].reset_index(drop=True)
+    late = _last_days(manifest, days)
+    names = sorted(set(station[late])) if late.any() else sorted(set(station))
+    count = min(max(1, round(share * len(set(station)))), len(names), len(set(station)) - 1)
+    chosen = np.isin(station, np.random.default_rng(seed).permutation(np.array(names, dtype=object))[:count])
+    if not (~chosen & ~late).any():  # the others recorded nothing before
+        return hold_out(manifest, share, seed, 0)
+    kept = chosen & late if late.any() else chosen
+    return manifest[~chosen & ~late].reset_index(drop=True), manifest[kept].reset_index(drop=True)
+
+
+def _last_days(manifest: pd.DataFrame, share: float) -> np.ndarray:
+    """Which rows are of the last days, as many days as come nearest to a share of the bytes."""
+    day = manifest["starttime"].to_numpy() // DAY
+    size = manifest["byte_size"].groupby(day).sum()
+    held = np.concatenate([[0.0], size[:0:-1].cumsum()]) / size.sum()  # by none, the last, the last two …
+    return np.isin(day, size.index[len(size) - np.abs(held - share).argmin() :])
 
 
 def write_split(
@@ -1515,10 +1532,11 @@ def write_split(
     credentials: str = "anonymous",  # to read S3 with: anonymous, environment or earthscope
     progress: bool = True,  # a progress bar, where there is a terminal
     part: tuple[int, int] | None = None,  # (i, n): job i of n writes its share of both
+    days: float = 0.1,  # share of the data, in whole days at the end, to hold out; 0: none
 ) -> tuple[ShardDataset, ShardDataset, dict[str, dict]]:  # to learn from; held out; the pipelines' reports by name
-    """Write, or reuse, shards of two disjoint sets of stations."""
+    """Write, or reuse, shards to learn from and shards of other stations and, where there are several, later days."""
     datasets, reports = [], {}
-    for name, listed in zip(("train", "val"), hold_out(manifest, share, seed), strict=True):
+    for name, listed in zip(("train", "val"), hold_out(manifest, share, seed, days), strict=True):
         pipeline = SeismicDataPipeline(
             listed, metadata_manager, config=config or PreprocessingConfig(), credentials=credentials
         )

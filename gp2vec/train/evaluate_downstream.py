@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..data.preprocessing import PreprocessingConfig, Segment
 from ..models.encoder import frame_geometry
-from ..models.gp2vec import GP2Vec, normalise, settings_from_dict
+from ..models.gp2vec import GP2Vec, GP2VecConfig, Pretrained, normalise, settings_from_dict, settings_to_dict
 from gp2vec.train.picking import (
     FitConfig,
     Picker,
@@ -247,31 +247,46 @@ class AttentiveHead(nn.Module):
         return self.tell((self.ask(x).softmax(1).mT @ x).flatten(1))
 
 
-class WindowModel(nn.Module):
-    "A model with a head that tells numbers of a window."
+class WindowModel(nn.Module, Pretrained, library_name="gp2vec", license="mit"):
+    "A model with a head that tells numbers of a window; `save_pretrained` and `from_pretrained` keep both."
 
     mean: Tensor  # of the training targets, (K,)
     std: Tensor  # of the training targets, (K,)
 
     def __init__(
         self,
-        model: GP2Vec,  # representation
+        model: GP2Vec | Mapping[str, Any],  # the representation, or its settings as plain dictionaries
         outputs: int,  # numbers to tell, K
         layer: int | None = 0,  # of the context network: 0 before it, None the last
     ):
         super().__init__()
-        self.model, self.layer, self.head = model, layer, AttentiveHead(model.config.embed_dim, outputs)
+        self.model = GP2Vec(GP2VecConfig.from_dict(model)) if isinstance(model, Mapping) else model
+        self.layer, self.head = layer, AttentiveHead(self.model.config.embed_dim, outputs)
         self.register_buffer("mean", torch.zeros(outputs))
         self.register_buffer("std", torch.ones(outputs))
+
+    def frames(
+        self,
+        waveforms: Tensor,  # (B, C, N), any unit
+    ) -> Tensor:  # (B, T, D)
+        "What the head looks at; a component of zeros is taken for missing."
+        return self.model.encode(waveforms, component_mask=waveforms.abs().amax(-1) > 0, layer=self.layer)
 
     def forward(
         self,
         waveforms: Tensor,  # (B, C, N), any unit
     ) -> Tensor:  # numbers, (B, K), in the units of the targets
         "Tell."
-        there = waveforms.abs().amax(-1) > 0
-        frames = self.model.encode(waveforms, component_mask=there, layer=self.layer)
-        return self.head(frames) * self.std + self.mean
+        return self.head(self.frames(waveforms)) * self.std + self.mean
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | os.PathLike,  # made where it is absent
+        **options: Any,  # as of `Pretrained`
+    ) -> Any:  # None, or what pushing to the Hub returns
+        "Write `model.safetensors` and `config.json`, which hold the model and the head."
+        config = {"model": settings_to_dict(self.model.config), "outputs": len(self.mean), "layer": self.layer}
+        return super().save_pretrained(Path(folder), config=config, **options)
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-021
 def fit_windows(
@@ -295,14 +310,15 @@ def fit_windows(
     optimiser = torch.optim.AdamW(groups, weight_decay=fit.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], fit.steps + 1, pct_start=0.15)
     net.train()
-    if not below:
+    if not below:  # the same frames at every step
         net.model.eval()
+        known = torch.cat(_in_batches(net.frames, waveforms, 64, device))
     for _ in range(fit.steps):
         rows = rng.integers(len(target), size=fit.batch_size)
-        x = torch.from_numpy(np.ascontiguousarray(waveforms[rows], np.float32)).to(device)
         y = torch.from_numpy(target[rows].astype(np.float32)).to(device)
         optimiser.zero_grad()
-        F.mse_loss((net(x) - net.mean) / net.std, (y - net.mean) / net.std).backward()
+        frames = net.frames(_tensor(waveforms[rows], device)) if below else known[rows]
+        F.mse_loss(net.head(frames), (y - net.mean) / net.std).backward()
         optimiser.step()
         schedule.step()
     merge_adapters(net.model)
@@ -315,12 +331,17 @@ def tell_windows(
     batch_size: int = 64,  # windows at a time
 ) -> np.ndarray:  # (n, K)
     "What a trained model says of windows."
-    device, parts = next(net.parameters()).device, []
-    with torch.inference_mode():
-        for i in range(0, len(waveforms), batch_size):
-            x = torch.from_numpy(np.ascontiguousarray(waveforms[i : i + batch_size], np.float32)).to(device)
-            parts.append(net(x).float().cpu().numpy())
-    return np.concatenate(parts)
+    told = _in_batches(net, waveforms, batch_size, next(net.parameters()).device)
+    return torch.cat(told).float().cpu().numpy()
+
+
+def _tensor(waveforms: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(waveforms, np.float32)).to(device)
+
+
+@torch.no_grad()
+def _in_batches(what: Callable[[Tensor], Tensor], waveforms: np.ndarray, size: int, device) -> list[Tensor]:
+    return [what(_tensor(waveforms[i : i + size], device)) for i in range(0, len(waveforms), size)]
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-023
 CONTROL = "random initialisation"
@@ -389,8 +410,9 @@ class EvaluationConfig:
     tasks: tuple[str, ...] = ()  # names in `TASKS`, or "picking"; none: all that the labels allow
     protocols: tuple[str, ...] = ("linear",)  # of `PROTOCOLS` and `DEEP`
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training labels
-    picking_fractions: tuple[float, ...] = (0.1, 1.0)  # the same for picking, where each costs a training
-    seeds: tuple[int, ...] = (0, 1, 2)  # of splits, label draws, untrained twins and heads
+    deep_fractions: tuple[float, ...] = ()  # the same for protocols of `DEEP`, where each costs a training; none: those
+    picking_fractions: tuple[float, ...] = (0.1, 1.0)  # the same for picking
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of splits, label draws, untrained twins and heads
     layer: int | None = 0  # of the context network: 0 before it, None the last
     window_length: float = 10.0  # of the windows of all tasks but picking, s
     arms: tuple[str, ...] = ()  # of picking; none: all of `picking_arms`
@@ -555,7 +577,7 @@ def evaluate(
     target, numbers = targets(answer, task.angle), answer.dtype != bool
     draws = event_draws(table.event_id, config.resamples, config.seeds[0])
     values: dict[tuple, list[pd.DataFrame]] = {}
-    labels: dict[tuple, float] = {}
+    labels: dict[tuple, list[float]] = {}
     tested: set[int] = set()
     for seed in config.seeds:
         folds = _usable_folds(crossed_folds(table, seed, config.never_test), answer)
@@ -563,14 +585,15 @@ def evaluate(
         features = feature_arms(model, subset, config.layer, seed)
         for protocol in config.protocols:
             for name, arm in _arms(model, protocol, features, numbers, seed).items():
-                for part in config.fractions:
+                for part in (protocol in DEEP and config.deep_fractions) or config.fractions:
                     given = (subset.waveforms, answer, beside, target, folds, config, part, seed)
-                    told, labels[protocol, name, part] = _tell(protocol, arm, *given)
+                    told, used = _tell(protocol, arm, *given)
+                    labels.setdefault((protocol, name, part), []).append(used)
                     scores = [score(told, answer, folds, w, task.angle) for w in draws]
                     values.setdefault((protocol, name, part), []).append(pd.DataFrame(scores))
     result = _summarise(values, lambda key: (key[0] if key[0] != "all" else "linear", CONTROL, key[2]))
     parts = pd.DataFrame(result.pop("key").tolist(), columns=["protocol", "arm", "fraction"])
-    parts["labels"] = [labels[key] for key in zip(parts.protocol, parts.arm, parts.fraction, strict=True)]
+    parts["labels"] = [np.mean(labels[key]) for key in zip(parts.protocol, parts.arm, parts.fraction, strict=True)]
     rests = _rests_on(subset.table.iloc[sorted(tested)], split, _classes(task, answer[sorted(tested)]))
     found = pd.concat([parts, result], axis=1).assign(task=task.name, **rests)[list(RESULT_COLUMNS)]
     same = ["protocol", "arm", "labels", "metric"]  # small shares of few labels are the fewest that can be learned from
@@ -720,6 +743,13 @@ def _known_arms(names: Sequence[str]) -> list[str]:
             wanted.remove("PhaseNet from scratch")
     return wanted
 
+
+def _trainings(config: EvaluationConfig) -> list[tuple[str, float, int]]:
+    "Arm, share of the labels and seed of each picker; STA/LTA learns nothing from more labels."
+    shares = {"STA/LTA": (1.0,)}
+    names = _known_arms(config.arms)
+    return [(n, f, s) for n in names for f in shares.get(n, config.picking_fractions) for s in config.seeds]
+
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-048
 def evaluate_picking(
     model: GP2Vec,  # pretrained; left as it is
@@ -733,30 +763,30 @@ def evaluate_picking(
     split += " and time" if known_times(table) is not None else ""
     unknown = [name for name in ("event", "station") if name not in split]
     onsets = LabelledOnsets(onsets.records, table, onsets.sampling_rate)
-    parts = split_parts(onsets.table, config.shares, config.never_test)
-    train, dev, test = (onsets.take(parts[name]) for name in ("train", "dev", "test"))
-    windows = test.crops(config.picker.window_length, seed=config.seeds[0])
-    draws = event_draws(windows.table.event_id, config.resamples, config.seeds[0])
+    parts = {seed: split_parts(table, config.shares, config.never_test, seed) for seed in config.seeds}
+    tests = {seed: onsets.take(parts[seed]["test"]).crops(config.picker.window_length, seed=seed) for seed in parts}
+    tested = pd.concat([tests[seed].table for seed in parts], ignore_index=True)
+    ends = np.cumsum([len(tests[seed]) for seed in parts])[:-1]
+    weights = zip(*(np.split(w, ends) for w in event_draws(tested.event_id, config.resamples)), strict=True)
+    draws = dict(zip(parts, weights, strict=True))  # an event counts as often in all of them
     values: dict[tuple, list[pd.DataFrame]] = {}
-    labels, picks = {}, []
-    for name in _known_arms(config.arms):
-        for part in config.picking_fractions if name != "STA/LTA" else (1.0,):  # which learns nothing from more labels
-            for seed in config.seeds:
-                progress(f"picking: {name}, {part:.0%} of the labels, seed {seed}")
-                few = _limit(train, part, seed)
-                labels[name, part] = len(few)
-                picker = calibrate(
-                    PICKING_ARMS[name](model, few, config, replace(config.fit, seed=seed)).eval(), dev, seed
-                )
-                found = match_picks(find_candidates(picker, windows), windows.table)
-                scores = picking_scores(found, windows.table, picker.config, draws)
-                values.setdefault((name, part), []).append(scores)
-                if part == max(config.picking_fractions) or name == "STA/LTA":
-                    picks.append(with_limits(picker, found).assign(arm=name, seed=seed))
+    labels: dict[tuple, list[float]] = {}
+    picks = []
+    for name, share, seed in _trainings(config):
+        progress(f"picking: {name}, {share:.0%} of the labels, seed {seed}")
+        few = _limit(onsets.take(parts[seed]["train"]), share, seed)
+        picker = PICKING_ARMS[name](model, few, config, replace(config.fit, seed=seed)).eval()
+        calibrate(picker, onsets.take(parts[seed]["dev"]), seed)
+        found = match_picks(find_candidates(picker, tests[seed]), tests[seed].table)
+        scores = picking_scores(found, tests[seed].table, picker.config, draws[seed])
+        values.setdefault((name, share), []).append(scores)
+        labels.setdefault((name, share), []).append(len(few))
+        if share == max(config.picking_fractions) or name == "STA/LTA":
+            picks.append(with_limits(picker, found).assign(arm=name, seed=seed))
     result = _summarise(values, lambda key: (CONTROL, key[1]))
     who = pd.DataFrame(result.pop("key").tolist(), columns=["arm", "fraction"])
-    who["labels"] = [labels[key] for key in zip(who.arm, who.fraction, strict=True)]
-    rests = _rests_on(windows.table, split, f"{windows.table.P.count()} P, {windows.table.S.count()} S")
+    who["labels"] = [np.mean(labels[key]) for key in zip(who.arm, who.fraction, strict=True)]
+    rests = _rests_on(tested, split, f"{tested.P.count()} P, {tested.S.count()} S")
     rests |= {f"{name}s": 0 for name in unknown}
     table = pd.concat([who, result], axis=1).assign(task="picking", protocol="picker", **rests)
     return table[list(RESULT_COLUMNS)], pd.concat(picks, ignore_index=True)
@@ -779,7 +809,9 @@ def plot_results(
         left.axvline(0.5, color="0.6", ls="--", lw=1, zorder=1.9)
     right.axvline(0, color="0.6", ls="--", lw=1, zorder=1.9)
     task = rows.task.iloc[0] + (" (its units)" if metric == "MAE" else "")
-    left.set(yticks=place, yticklabels=rows.arm, ylim=(-0.6, len(rows) - 0.4))
+    several = rows.protocol.nunique() > 1
+    names = rows.arm + " (" + rows.protocol + ")" if several else rows.arm
+    left.set(yticks=place, yticklabels=names, ylim=(-0.6, len(rows) - 0.4))
     left.set_xlabel(f"{metric} of {task}\n95 % interval over events")
     right.set_xlabel(f"gain in {metric} of {task}\nover {CONTROL}")
     right.xaxis.set_major_locator(MaxNLocator(5))
@@ -904,7 +936,7 @@ def write_results(
     most = table[table.groupby(["protocol", "arm"]).labels.transform("max") == table.labels].reset_index(drop=True)
     figures = {"": plot_results(most)}
     if table.groupby(["protocol", "arm"]).labels.nunique().max() > 1:
-        figures["-labels"] = plot_efficiency(table)
+        figures["-labels"] = plot_efficiency(table[table.protocol.isin([table.protocol.iloc[0], "all"])])
     if picks is not None:
         figures |= {"-residuals": plot_residuals(picks), "-reliability": plot_reliability(picks)}
         picks.to_csv(folder / f"{task}-picks.csv", index=False)

@@ -525,7 +525,8 @@ def audit_split(
     time = known_times(table)
     if time is not None and len(train) and len(test):
         (a, b), (c, d) = ((time[rows].min(), time[rows].max()) for rows in (train, test))
-        if a <= d and c <= b:
+        # One may lie before and after the other, as long as nothing of it lies between.
+        if ((time[train] >= c) & (time[train] <= d)).any() and ((time[test] >= a) & (time[test] <= b)).any():
             raise ValueError(
                 f"training runs from {pd.Timestamp(a)} to {pd.Timestamp(b)} and test from {pd.Timestamp(c)} to "
                 f"{pd.Timestamp(d)}, which overlap: split by time"
@@ -573,19 +574,22 @@ def split_parts(
     table: pd.DataFrame,  # event_id, network, station of each record; start or time (UTC ns) where known
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25),  # of the events: training, development, test
     never_test: Sequence[str] = (),  # station codes that the model knows from pretraining
-    seed: int = 0,  # of the deal, where times are not known
+    seed: int = 0,  # of the deal: 0 tests the last events, each further seed those before, and so round
     guard: float = 60.0,  # least time between two parts, s
 ) -> dict[str, np.ndarray]:  # rows of "train", "dev" and "test", (n,) each; nothing is in two of them
     "Deal records into three parts by time, event and station; audited."
     time, event = known_times(table), table.event_id.astype(str).to_numpy()
     when = np.random.default_rng(seed).permutation(len(table)) if time is None else time
     order = pd.Series(when).groupby(event).min().sort_values(kind="stable").index
+    parts = np.searchsorted(np.cumsum(shares)[:2] * len(order), np.arange(len(order)), side="right")
+    size = max(np.sum(parts == 2), 1)
+    parts = np.roll(parts, -size * (seed % (len(order) // size)))
     rank = pd.Series(np.arange(len(order)), order)[event].to_numpy()
-    part = np.searchsorted(np.cumsum(shares)[:2] * len(order), rank, side="right")
+    part, block = parts[rank], np.cumsum(np.diff(parts, prepend=parts[:1]) != 0)[rank]
     if time is not None:
-        for k in (1, 2):
-            before = time[part < k].max(initial=0)
-            part = np.where((part >= k) & (time < before + guard * 1e9), 9, part)
+        for k in range(1, block.max() + 1):
+            before = time[block < k].max()
+            part = np.where((block >= k) & (time < before + guard * 1e9), 9, part)
     site = sites(table)
     home = _homes(site, part, np.array(shares), set(site[table.station.astype(str).isin(never_test)]))
     rows = {name: np.flatnonzero((part == k) & (home[site] == k)) for k, name in enumerate(("train", "dev", "test"))}

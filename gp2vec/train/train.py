@@ -114,6 +114,7 @@ class DataConfig:
     max_stations: int = 0  # stations of the archive; 0: all
     max_days: int = 0  # days of each station, the first ones; 0: all
     held_out: float = 0.1  # share of the stations that are validated on
+    held_out_days: float = 0.1  # share of the data, in whole days at its end, that is validated on; 0: none
     seed: int = 0  # of the held-out stations, of the shuffling and of the synthetic network
     shard_size: int = 10000  # windows per shard, about
     workers: int = 1  # processes that make shards
@@ -131,6 +132,10 @@ class DataConfig:
             raise ValueError(f"data.credentials is one of {', '.join(CREDENTIALS)}, and never a key")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out is a share of the stations, above 0 and below 1, not {self.held_out:g}")
+        if not 0 <= self.held_out_days < 1:
+            raise ValueError(
+                f"data.held_out_days is a share of the data, 0 or more and below 1, not {self.held_out_days:g}"
+            )
         if self.archive and self.directory.startswith("s3://"):
             raise ValueError(
                 "data.directory is a folder where data.archive is given: to make shards on S3 use `gp2vec shards`"
@@ -606,6 +611,7 @@ def _make(config: DataConfig, progress: bool, stage: Callable[[str], AbstractCon
         train, val, report = write_split(
             manifest, manager, folder / "shards", config.processing, config.held_out, config.seed,
             config.shard_size, config.workers, credentials=config.credentials, progress=progress,
+            days=config.held_out_days,
         )  # fmt: skip
     return Prepared(train, val, str(manifest_path), str(stations_path), report)
 
