@@ -251,17 +251,27 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+class _Sum:
+    "A sum over the processes of a run, in place, under way until it is called for; `x` itself where there is one."
+
+    def __init__(self, x: torch.Tensor):
+        self.x, self.work = x, torch.distributed.all_reduce(x, async_op=True) if _distributed() else None
+
+    def __call__(self) -> torch.Tensor:
+        "Wait for it."
+        if self.work is not None:
+            self.work.wait()
+        return self.x
+
+
 def _over_processes(x: torch.Tensor) -> torch.Tensor:
     "Sum over the processes of a run, in place; `x` itself where there is one."
-    if _distributed():
-        torch.distributed.all_reduce(x)
-    return x
+    return _Sum(x)()
 
 
-def _fair_loss(config: GP2VecConfig, step: Pretext, frames: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fair_loss(config: GP2VecConfig, step: Pretext, mine: torch.Tensor, everyone: torch.Tensor, windows: int):
     "A loss whose mean over the processes is that of all windows together, and the weights of frames and windows in it."
-    mine = torch.tensor([frames, windows], dtype=torch.float32, device=step.loss.device)
-    everyone, world = _over_processes(mine.clone()), torch.distributed.get_world_size() if _distributed() else 1
+    world = torch.distributed.get_world_size() if _distributed() else 1
     weight = mine * world / everyone
     if world == 1 and windows:
         return step.loss, weight
@@ -642,18 +652,26 @@ class Pretraining(_Examined):
         if isinstance(gumbel, GumbelQuantizer):
             gumbel.temperature = self._ramp(self.config.temperature)
         torch.manual_seed(sum(batch["keys"]) % 2**63)  # of dropout: a matter of the windows alone
+        # Sums over processes are asked for early and waited for late: whoever is first goes on computing.
+        mine = torch.tensor([sum(batch["counts"]), batch["windows"]], dtype=torch.float32, device=self.device)
+        everyone = _Sum(mine.clone())
         step = self._answer(batch, self.augment)
-        loss, (frames, windows) = _fair_loss(self.model.config, step, sum(batch["counts"]), batch["windows"])
+        loss, (frames, windows) = _fair_loss(self.model.config, step, mine, everyone(), batch["windows"])
         means = (loss, step.answer.loss * frames, step.answer.accuracy * frames, step.diversity, step.penalty * windows)
-        parts, told = torch.stack([value.detach().float() for value in means]), _told(step, size)
-        parts, told = _over_processes(parts / self.trainer.world_size), _over_processes(told)
-        found = dict(zip(PARTS, parts, strict=True)) | self._codes_said(told)
-        if isinstance(gumbel, GumbelQuantizer):
-            found |= {"temperature": gumbel.temperature, "soft_perplexity": (1 - found["diversity"]) * size}
-        self.log_dict({f"train_{name}": value for name, value in found.items()}, batch_size=len(batch["keys"]))
+        parts = torch.stack([value.detach().float() for value in means])
+        self._seen = _Sum(parts / self.trainer.world_size), _Sum(_told(step, size)), len(batch["keys"])
         if self.model.config.context_encoder.layer_drop and self.trainer.world_size > 1:
             loss = loss + 0 * sum(p.sum() for p in self.model.parameters())  # processes wait for every gradient
         return {"loss": loss, "codes": step.codes.detach()}
+
+    def on_after_backward(self):
+        "Log what the step was like."
+        parts, told, windows = self._seen
+        size, gumbel = self.model.config.quantizer.codebook_size, self.model.quantizer
+        found = dict(zip(PARTS, parts(), strict=True)) | self._codes_said(told())
+        if isinstance(gumbel, GumbelQuantizer):
+            found |= {"temperature": gumbel.temperature, "soft_perplexity": (1 - found["diversity"]) * size}
+        self.log_dict({f"train_{name}": value for name, value in found.items()}, batch_size=windows)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         "By norm. Lightning's own refuses fused optimisers in mixed precision, also where nothing is scaled."
