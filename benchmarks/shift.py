@@ -2,7 +2,7 @@
 
 usage: python benchmarks/shift.py DATA [--model gp2vec-tiny] [--output benchmarks/published]
 
-The pickers of the published tables on real records (all labels, the same split, head, budget and seeds), as they come
+The pickers of the published tables on real records (all labels, the same splits, head, budget and seeds), as they come
 and with curves averaged over windows moved by parts of a frame (`shifts`), beside PhaseNet's architecture (extra
 `seisbench`) and STA/LTA. `shift.csv` has a row per picker, the mean over seeds of `shift_score`; `coverage.csv` the
 share of right picks whose onset lies in the interval that promises 90 %, by phase and signal-to-noise ratio.
@@ -33,12 +33,12 @@ def main():
     torch.set_num_threads(1)
     model, config = GP2Vec.from_pretrained(args.model).eval(), EvaluationConfig.read("published")
     onsets = read_onsets(args.data).picked()
-    parts = split_parts(onsets.table, config.shares, config.never_test)
-    train, dev, test = (onsets.take(parts[name]) for name in ("train", "dev", "test"))
-    windows = test.crops(config.picker.window_length, seed=config.seeds[0])
     stable, covered = [], []
     for arm, averages in PICKERS.items():
         for seed in config.seeds:
+            parts = split_parts(onsets.table, config.shares, config.never_test, seed)
+            train, dev, test = (onsets.take(parts[name]) for name in ("train", "dev", "test"))
+            windows = test.crops(config.picker.window_length, seed=seed)
             made = PICKING_ARMS[arm](model, train, config, replace(config.fit, seed=seed)).eval()
             picker = calibrate(made, dev, seed)
             for shifts in averages:

@@ -73,6 +73,7 @@ class _Instrument:
     next: int = 0  # number since 1970 of the first sample of the next window
     sums: _Sums | None = None
     origin: tuple[int, int, float] = (0, 0, 1.0)  # number of a sample, its time in UTC ns, the rate in Hz
+    told: dict[str, int] = field(default_factory=dict)  # phase -> UTC ns of its last pick
 
     def time(self, number: float) -> int:
         "UTC ns of a sample."
@@ -217,7 +218,10 @@ def _settled(stream: StreamingPicker, codes, one: _Instrument, until: int | None
     for phase, curve, threshold in zip(settings.phases, sums.curves, stream.thresholds, strict=False):
         at, probability = find_picks(curve[: sums.final - sums.first], threshold, settings.minimum_distance, rate)
         for number, p in zip(at + sums.first, probability, strict=True):
-            if sums.picked <= number < final:
+            # What was told stays, though a higher peak that came since would have kept it off, and with it others.
+            near = one.time(number + 1) - one.told.get(phase, 0) < settings.minimum_distance * 1e9
+            if sums.picked <= number < final and not near:
+                one.told[phase] = one.time(number)
                 rows.append((*codes, phase, one.time(number), float(p), stream.picker.half_width(phase, float(p))))
     sums.picked = max(sums.picked, final)
     sums.forget(sums.final - round(20 * settings.minimum_distance * rate))

@@ -12,6 +12,7 @@ import sys
 from typing import NamedTuple
 
 import matplotlib
+import pandas as pd
 import pytest
 from project import ROOT
 
@@ -134,3 +135,30 @@ def test_python_snippets_import_public_names_only():
         for node in ast.walk(ast.parse(s.text)):
             if isinstance(node, ast.ImportFrom):
                 assert not [a.name for a in node.names if a.name.startswith("_")]
+
+
+QUESTIONS = {  # as the tables of README and card call them -> task, protocol and metric of the published tables
+    "event or noise, AUC": ("event", "linear", "AUC"),
+    "P or S, AUC": ("phase", "linear", "AUC"),
+    "P picks right to 0.1 s, F1": ("picking", "picker", "P F1 0.1 s"),
+    "S picks right to 0.1 s, F1": ("picking", "picker", "S F1 0.1 s"),
+    "picks, detection AUC": ("picking", "picker", "detection AUC"),
+    "P onset, MAE (s)": ("picking", "picker", "P MAE"),
+    "magnitude, MAE": ("magnitude", "linear", "MAE"),
+}
+
+
+@pytest.mark.parametrize("page", ("README.md", "gp2vec/zoo/gp2vec-tiny/README.md"))
+def test_results_are_those_of_the_published_tables(page):
+    "Each number that the page tells of an arm stands in the CSV file of its task."
+    told = re.findall(r"^\| ([^|]+) \| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / page).read_text(), re.M)
+    told = [row for row in told if row[0] in QUESTIONS]
+    assert {row[0] for row in told} == set(QUESTIONS)
+    for question, labels, *values in told:
+        task, protocol, metric = QUESTIONS[question]
+        table = pd.read_csv(ROOT / "benchmarks" / "published" / f"{task}.csv")
+        table = table[(table.task == task) & (table.protocol == protocol) & (table.metric == metric)]
+        rows = table[table.labels.round() == int(labels)].set_index("arm")
+        for arm, value in zip(("gp2vec", "random initialisation", "handcrafted"), values, strict=True):
+            row = rows.loc[arm]
+            assert value == f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})", (question, labels, arm)

@@ -174,3 +174,12 @@ def test_a_packet_that_comes_after_all_tells_nothing_twice(picker, late):
     *_, table = replay(picker, "ZNE", late=late, delay=3.0, hop=2.0, max_wait=5.0)
     for _, group in table.groupby("phase"):
         assert len(group) > 10 and np.diff(np.sort(group.time)).min() > 0.1e9
+
+
+@pytest.mark.parametrize("lost", ((), range(40, 44)))
+def test_picks_of_a_phase_keep_their_distance(picker, lost):
+    "Also where each peak has a higher one near it, and which of them stay hangs on peaks long gone."
+    table = replay(picker, lost)[2]
+    for phase, mine in table.groupby("phase"):
+        apart = np.diff(np.sort(mine.time.to_numpy())) / 1e9
+        assert len(mine) > 20 and apart.min() >= picker.config.minimum_distance - 0.011, (phase, apart.min())

@@ -215,7 +215,7 @@ def _standard(estimator, train, target, test):
 
 
 def _knn(train, target, test):
-    return _standard(KNeighborsRegressor(min(10, len(train))), train, target, test)
+    return _standard(KNeighborsRegressor(min(10, max(1, len(train) // 4))), train, target, test)
 
 
 def _forest(train, target, test):
