@@ -51,8 +51,7 @@ def write(data: Path, output: Path, highpass: float = 1.0) -> tuple[ShardDataset
     write_manifest(manifest, output / "manifest.parquet")
     manager.write(output / "stations.parquet")
     config = PreprocessingConfig(highpass=highpass, overlap=0.5)
-    # The archives are of different years, and what is judged by are labels of other events: no days are held out.
-    return write_split(manifest, manager, output / "shards", config, 0.15, 0, progress=False, days=0)[:2]
+    return write_split(manifest, manager, output / "shards", config, 0.15, 0, progress=False)[:2]
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def changed(dataset, changes: dict):
 
 
 def fold_auc(scores: np.ndarray, positive: np.ndarray, folds: list, weight: np.ndarray) -> float:
-    "Mean over folds of the AUC of their test rows; a fold whose weight lies on one class is left out."
+    "Mean over folds of the AUC of their test rows, as the first arms were judged; one of a single class is left out."
     return float(np.nanmean([area_under_curve(scores[test], positive[test], weight[test]) for _, test in folds]))
 
 

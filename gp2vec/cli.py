@@ -262,7 +262,7 @@ def shards(
     output: str,
     stations: StationTable = "",  # made by gp2vec metadata
     held_out: float = 0.1,
-    held_out_days: float = 0.1,
+    held_out_days: float = 0.0,
     max_windows: int = 0,
     shard: str = "",
     workers: Workers = 1,  # how many processes
@@ -281,11 +281,11 @@ def shards(
     manifest
         Manifest of the objects.
     output
-        Folder or S3 URL; gets `train` and, at held-out stations, `val`.
+        Folder or S3 URL; gets `train` and, of what is held out, `val`.
     held_out
         Share of the stations to hold out; 0 writes all into the folder itself.
     held_out_days
-        Share of the data to hold out besides, in whole days at its end; 0 for none.
+        Share of the data to hold out besides, in whole days at its end; not for a manifest that will grow.
     max_windows
         Windows kept of one station and day, evenly spread; 0 keeps all.
     shard
@@ -331,6 +331,8 @@ def _write_shards(manifest, stations, output, config, held_out, days, seed, size
     from gp2vec.data.metadata import StationMetadataManager
 
     manager = StationMetadataManager.read(stations) if stations else None
+    if days and not held_out:
+        raise ValueError("--held-out-days needs --held-out: days are validated on at stations that are held out, too")
     if held_out:
         table, how = read_manifest(manifest), (held_out, seed, size, workers, executor)
         return write_split(table, manager, output, config, *how, part=part, days=days)[2]
@@ -403,7 +405,7 @@ def evaluate(
         event, phase, polarity, tremor, magnitude, magnitude_bins, distance, back_azimuth, displacement, picking; all
         that the labels allow where none is named.
     settings
-        published, quick, or a YAML file: protocols, shares of the labels, seeds, budget, stations never to test on.
+        published, trained, quick, or a YAML file: protocols, shares of labels, seeds, budget, stations not to test on.
     output
         Folder for tables (CSV, Markdown) and figures.
     """

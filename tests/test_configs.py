@@ -285,6 +285,7 @@ WRONG = {
     "model.sampling_rate=40": "data.processing.sampling_rate=100 Hz, not 40 Hz",
     "model.feature_encoder.in_channels=1": "Z, N and E",
     "data.held_out=1": "a share of the stations",
+    "data.held_out_days=1": "a share of the data",
     "data.batch_size=0": "data.batch_size is 1 or more",
     "data.processing.overlap=1.5": "overlap must be in [0, 1)",
     "data.augmentation.flip_probability=2": "flip_probability must be a probability",

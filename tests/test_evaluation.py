@@ -208,6 +208,12 @@ def test_splits_share_nothing(seed):
     assert not {"S0", "S1"} & set(table.station.iloc[np.concatenate([b for _, b in pairs[:4]])]) or len(pairs) < 4
 
 
+def test_without_times_four_seeds_test_other_events_too():
+    table = random_table(np.random.default_rng(5)).drop(columns="time")
+    tests = [set(table.event_id.iloc[split_parts(table, seed=seed)["test"]]) for seed in range(4)]
+    assert sum(map(len, tests)) == len(set.union(*tests))
+
+
 def test_co_located_channels_are_one_station():
     table = random_table(np.random.default_rng(0))
     table["latitude"], table["longitude"] = 10.0 + table.site, 20.0
@@ -265,6 +271,38 @@ def test_a_picker_learns_is_tuned_and_is_judged_on_different_records(onsets, mon
     for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")):
         for column in ("event_id", "station"):
             assert not set(seen[a][column]) & set(seen[b][column]), (a, b, column)
+
+
+@pytest.mark.filterwarnings("ignore:picking is tested without seed")
+def test_a_draw_without_events_of_one_seed_is_that_of_the_others(onsets, monkeypatch):
+    "Blocks of two or three events: a draw often misses all of one, and a perfect picker stays perfect."
+
+    def truth(picker, windows):
+        told = windows.table[["P", "S"]].rename_axis("window").reset_index()
+        found = told.melt("window", ["P", "S"], "phase", "time").dropna(subset="time", ignore_index=True)
+        return found.assign(probability=0.9)
+
+    monkeypatch.setattr("gp2vec.train.evaluate_downstream.find_candidates", truth)
+    few = onsets.some_events(12)
+    settings = {"arms": ("STA/LTA",), "seeds": (0, 1, 2, 3), "resamples": 200, "shares": (0.5, 0.25, 0.25)}
+    table, _ = evaluate_picking(untrained(SMALL), few, EvaluationConfig(**settings))
+    rows = table.set_index("metric").loc[["P F1 0.5 s", "P MAE", "P recall 0.5 s"]]
+    assert (rows[["value", "low", "high"]].to_numpy() == [[1, 1, 1], [0, 0, 0], [1, 1, 1]]).all(), rows
+    assert table.events.iloc[0] < 12 and table.windows.iloc[0] <= 2 * len(few)
+
+
+def test_a_seed_that_cannot_be_split_is_left_out_by_name(onsets, monkeypatch):
+    def split(table, shares, never_test, seed):
+        if seed in (1, 3):
+            raise ValueError("20 records leave nothing in the part train or test: label more stations and events")
+        return split_parts(table, shares, never_test, seed)
+
+    monkeypatch.setattr("gp2vec.train.evaluate_downstream.split_parts", split)
+    config = EvaluationConfig(seeds=(0, 1), resamples=2, arms=("STA/LTA",))
+    with pytest.warns(UserWarning, match="without seed 1: 20 records leave"):
+        evaluate_picking(untrained(SMALL), onsets, config)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="label more"):
+        evaluate_picking(untrained(SMALL), onsets, replace(config, seeds=(1, 3)))
 
 
 def test_folds_of_adapt_keep_an_event_together(onsets):

@@ -1489,34 +1489,49 @@ def hold_out(
     manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
     share: float = 0.1,  # of the stations to hold out, at least one
     seed: int = 0,  # of the choice of stations
-    days: float = 0.1,  # share of the bytes to hold out as whole days at the end, as near as days allow; 0: none
+    days: float = 0.0,  # share of the bytes to hold out as whole days at the end, as near as days allow; 0: none
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # what to learn from, and what was held out: other stations, later days
     """Deal a manifest into two; fewer than two stations, or shares outside 0..1, is a ValueError.
 
-    What is left of the held-out stations before, and of the other stations after, is in neither.
+    Records of the held-out stations before those days, and of the others after, are in neither.
     """
-    station = (manifest["network"] + "." + manifest["station"]).to_numpy()
-    if len(set(station)) < 2 or not 0 < share < 1 or not 0 <= days < 1:
+    station = manifest["network"] + "." + manifest["station"]
+    names = sorted(set(station))
+    if len(names) < 2 or not 0 < share < 1:
         raise ValueError(
-            f"expected two stations or more, a share of them between 0 and 1 and a share of the days from 0 to 1, "
-            f"got {sorted(set(station))}, {share} and {days}: list more stations"
+            f"expected two stations or more and a share between 0 and 1, got {names} and {share}: list more stations"
         )
-    late = _last_days(manifest, days)
-    names = sorted(set(station[late])) if late.any() else sorted(set(station))
-    count = min(max(1, round(share * len(set(station)))), len(names), len(set(station)) - 1)
-    chosen = np.isin(station, np.random.default_rng(seed).permutation(np.array(names, dtype=object))[:count])
-    if not (~chosen & ~late).any():  # the others recorded nothing before
-        return hold_out(manifest, share, seed, 0)
-    kept = chosen & late if late.any() else chosen
-    return manifest[~chosen & ~late].reset_index(drop=True), manifest[kept].reset_index(drop=True)
+    if not 0 <= days < 1:
+        raise ValueError(f"expected a share of the data from 0 to below 1 to hold out as days, got {days}: lower it")
+    begin = _last_days(manifest, days)
+    late = _middle(manifest) >= begin
+    size = manifest["byte_size"][late].groupby(station[late]).sum()
+    able = sorted(size.index[size >= size.median() / 2])  # a station of some minutes would be a poor judge
+    count = min(max(1, round(share * len(names))), len(able), len(names) - 1)
+    chosen = station.isin(np.random.default_rng(seed).permutation(np.array(able, dtype=object))[:count]).to_numpy()
+    learn, check = manifest[~chosen & _before(manifest, begin)], manifest[chosen & late]
+    if learn.empty:  # the others recorded nothing before
+        return hold_out(manifest, share, seed)
+    return learn.reset_index(drop=True), check.reset_index(drop=True)
 
 
-def _last_days(manifest: pd.DataFrame, share: float) -> np.ndarray:
-    """Which rows are of the last days, as many days as come nearest to a share of the bytes."""
-    day = manifest["starttime"].to_numpy() // DAY
-    size = manifest["byte_size"].groupby(day).sum()
+def _middle(manifest: pd.DataFrame) -> np.ndarray:
+    """Time in the middle of each object, UTC ns: a day's file may begin some samples before midnight."""
+    return (manifest["starttime"] + (manifest["endtime"] - manifest["starttime"]) // 2).to_numpy()
+
+
+def _before(manifest: pd.DataFrame, begin: int) -> np.ndarray:
+    """Which objects end before a time; all where none is meant."""
+    slack = 60 * 10**9  # as for the middle
+    return (manifest["endtime"] <= begin + slack).to_numpy() if begin else np.ones(len(manifest), dtype=bool)
+
+
+def _last_days(manifest: pd.DataFrame, share: float) -> int:
+    """When the last days begin that come nearest to a share of the bytes, UTC ns; 0 where that is none."""
+    size = manifest["byte_size"].groupby(_middle(manifest) // DAY).sum()
     held = np.concatenate([[0.0], size[:0:-1].cumsum()]) / size.sum()  # by none, the last, the last two …
-    return np.isin(day, size.index[len(size) - np.abs(held - share).argmin() :])
+    count = np.abs(held - share).argmin() if share else 0
+    return int(size.index[-count]) * DAY if count else 0
 
 
 def write_split(
@@ -1532,9 +1547,9 @@ def write_split(
     credentials: str = "anonymous",  # to read S3 with: anonymous, environment or earthscope
     progress: bool = True,  # a progress bar, where there is a terminal
     part: tuple[int, int] | None = None,  # (i, n): job i of n writes its share of both
-    days: float = 0.1,  # share of the data, in whole days at the end, to hold out; 0: none
+    days: float = 0.0,  # share of the data, in whole days at the end, to hold out; not for a manifest that will grow
 ) -> tuple[ShardDataset, ShardDataset, dict[str, dict]]:  # to learn from; held out; the pipelines' reports by name
-    """Write, or reuse, shards to learn from and shards of other stations and, where there are several, later days."""
+    """Write, or reuse, shards to learn from and shards of other stations and, if asked for, later days."""
     datasets, reports = [], {}
     for name, listed in zip(("train", "val"), hold_out(manifest, share, seed, days), strict=True):
         pipeline = SeismicDataPipeline(

@@ -310,14 +310,15 @@ def fit_windows(
     optimiser = torch.optim.AdamW(groups, weight_decay=fit.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], fit.steps + 1, pct_start=0.15)
     net.train()
+    batches = rng.integers(len(target), size=(fit.steps, fit.batch_size))
     if not below:  # the same frames at every step
         net.model.eval()
-        known = torch.cat(_in_batches(net.frames, waveforms, 64, device))
-    for _ in range(fit.steps):
-        rows = rng.integers(len(target), size=fit.batch_size)
+        used = np.unique(batches)
+        known = torch.cat(_in_batches(net.frames, waveforms[used], 64, device))
+    for rows in batches:
         y = torch.from_numpy(target[rows].astype(np.float32)).to(device)
         optimiser.zero_grad()
-        frames = net.frames(_tensor(waveforms[rows], device)) if below else known[rows]
+        frames = net.frames(_tensor(waveforms[rows], device)) if below else known[np.searchsorted(used, rows)]
         F.mse_loss(net.head(frames), (y - net.mean) / net.std).backward()
         optimiser.step()
         schedule.step()
@@ -405,14 +406,14 @@ def feature_arms(
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-025
 @dataclass(frozen=True)
 class EvaluationConfig:
-    "What is asked, and with which budget; the defaults are those of the published tables."
+    "What is asked, and with which budget."
 
     tasks: tuple[str, ...] = ()  # names in `TASKS`, or "picking"; none: all that the labels allow
     protocols: tuple[str, ...] = ("linear",)  # of `PROTOCOLS` and `DEEP`
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the training labels
     deep_fractions: tuple[float, ...] = ()  # the same for protocols of `DEEP`, where each costs a training; none: those
     picking_fractions: tuple[float, ...] = (0.1, 1.0)  # the same for picking
-    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of splits, label draws, untrained twins and heads
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of splits, label draws, untrained twins and heads; see `split_parts`
     layer: int | None = 0  # of the context network: 0 before it, None the last
     window_length: float = 10.0  # of the windows of all tasks but picking, s
     arms: tuple[str, ...] = ()  # of picking; none: all of `picking_arms`
@@ -430,7 +431,7 @@ class EvaluationConfig:
         "Settings from a file; an unknown name is a ValueError that offers the nearest."
         inside = files("gp2vec.configs") / "evaluate" / f"{path}.yaml"
         if not inside.is_file() and not Path(path).is_file():
-            raise FileNotFoundError(f"settings are published, quick or the path of a YAML file, and {path} is none")
+            raise FileNotFoundError(f"settings are published, trained, quick or a YAML file's path, and {path} is none")
         text = inside.read_text(encoding="utf-8") if inside.is_file() else Path(path).read_text(encoding="utf-8")
         settings: Any = OmegaConf.to_container(OmegaConf.create(text))
         return settings_from_dict(cls, settings, "evaluate")
@@ -497,9 +498,14 @@ def _middle(x: np.ndarray) -> np.ndarray:
     return np.nanquantile(x, (0.025, 0.975)) if np.isfinite(x).any() else np.full(2, np.nan)
 
 
+def _over_seeds(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    "Mean of tables (draws, metrics); a draw that has nothing of what one seed tests is the mean of the others."
+    return pd.concat(parts).groupby(level=0, sort=False).mean()
+
+
 def _summarise(values: Mapping[tuple, list[pd.DataFrame]], control: Callable[[tuple], tuple | None]) -> pd.DataFrame:
     "Rows with intervals and paired gains; `values` holds, for each key, a table (draws, metrics) per seed."
-    mean = {key: sum(parts[1:], parts[0]) / len(parts) for key, parts in values.items()}
+    mean = {key: _over_seeds(parts) for key, parts in values.items()}
     rows = []
     for key, table in mean.items():
         base = control(key)
@@ -744,11 +750,24 @@ def _known_arms(names: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _trainings(config: EvaluationConfig) -> list[tuple[str, float, int]]:
+def _trainings(config: EvaluationConfig, seeds: Sequence[int]) -> list[tuple[str, float, int]]:
     "Arm, share of the labels and seed of each picker; STA/LTA learns nothing from more labels."
     shares = {"STA/LTA": (1.0,)}
     names = _known_arms(config.arms)
-    return [(n, f, s) for n in names for f in shares.get(n, config.picking_fractions) for s in config.seeds]
+    return [(n, f, s) for n in names for f in shares.get(n, config.picking_fractions) for s in seeds]
+
+
+def _turns(table: pd.DataFrame, config: EvaluationConfig) -> dict[int, dict[str, np.ndarray]]:
+    "Parts of the records for each seed; one that cannot be split so is left out and named, and all are a ValueError."
+    parts = {}
+    for k, seed in enumerate(config.seeds):
+        try:
+            parts[seed] = split_parts(table, config.shares, config.never_test, seed)
+        except ValueError as error:
+            if k == len(config.seeds) - 1 and not parts:
+                raise
+            warnings.warn(f"picking is tested without seed {seed}: {error}", stacklevel=3)
+    return parts
 
 # %% ../../nbs/17_train.evaluate_downstream.ipynb #17-048
 def evaluate_picking(
@@ -763,7 +782,7 @@ def evaluate_picking(
     split += " and time" if known_times(table) is not None else ""
     unknown = [name for name in ("event", "station") if name not in split]
     onsets = LabelledOnsets(onsets.records, table, onsets.sampling_rate)
-    parts = {seed: split_parts(table, config.shares, config.never_test, seed) for seed in config.seeds}
+    parts = _turns(table, config)
     tests = {seed: onsets.take(parts[seed]["test"]).crops(config.picker.window_length, seed=seed) for seed in parts}
     tested = pd.concat([tests[seed].table for seed in parts], ignore_index=True)
     ends = np.cumsum([len(tests[seed]) for seed in parts])[:-1]
@@ -772,7 +791,7 @@ def evaluate_picking(
     values: dict[tuple, list[pd.DataFrame]] = {}
     labels: dict[tuple, list[float]] = {}
     picks = []
-    for name, share, seed in _trainings(config):
+    for name, share, seed in _trainings(config, list(parts)):
         progress(f"picking: {name}, {share:.0%} of the labels, seed {seed}")
         few = _limit(onsets.take(parts[seed]["train"]), share, seed)
         picker = PICKING_ARMS[name](model, few, config, replace(config.fit, seed=seed)).eval()
@@ -786,6 +805,7 @@ def evaluate_picking(
     result = _summarise(values, lambda key: (CONTROL, key[1]))
     who = pd.DataFrame(result.pop("key").tolist(), columns=["arm", "fraction"])
     who["labels"] = [np.mean(labels[key]) for key in zip(who.arm, who.fraction, strict=True)]
+    tested = tested.drop_duplicates(["event_id", "network", "station", "label"])  # more seeds than blocks
     rests = _rests_on(tested, split, f"{tested.P.count()} P, {tested.S.count()} S")
     rests |= {f"{name}s": 0 for name in unknown}
     table = pd.concat([who, result], axis=1).assign(task="picking", protocol="picker", **rests)
@@ -935,8 +955,9 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     most = table[table.groupby(["protocol", "arm"]).labels.transform("max") == table.labels].reset_index(drop=True)
     figures = {"": plot_results(most)}
-    if table.groupby(["protocol", "arm"]).labels.nunique().max() > 1:
-        figures["-labels"] = plot_efficiency(table[table.protocol.isin([table.protocol.iloc[0], "all"])])
+    shown = table[table.protocol.isin([table.protocol.iloc[0], "all"])]
+    if shown.groupby(["protocol", "arm"]).labels.nunique().max() > 1:
+        figures["-labels"] = plot_efficiency(shown)
     if picks is not None:
         figures |= {"-residuals": plot_residuals(picks), "-reliability": plot_reliability(picks)}
         picks.to_csv(folder / f"{task}-picks.csv", index=False)

@@ -499,7 +499,7 @@ def _count(tallied, weight: np.ndarray) -> dict[str, float]:
     for phase, (picked, right, there, best, error) in tally.items():
         total, size = weight[picked].sum(), weight[there].sum()
         for tolerance, good in right.items():
-            hits = weight[picked[good]].sum()
+            hits = weight[picked[good]].sum() if size else np.nan  # without an onset there is nothing to tell
             values = hits / max(total, 1e-9), hits / max(size, 1e-9), 2 * hits / max(total + size, 1e-9)
             names = (f"{phase} {name} {tolerance:g} s" for name in ("precision", "recall", "F1"))
             scores |= {name: float(value) for name, value in zip(names, values, strict=True)}

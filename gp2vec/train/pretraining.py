@@ -261,6 +261,7 @@ class _Sum:
         "Wait for it."
         if self.work is not None:
             self.work.wait()
+            self.work = None  # which could not be copied
         return self.x
 
 

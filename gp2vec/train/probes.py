@@ -514,7 +514,10 @@ def audit_split(
     train: np.ndarray,  # rows to learn from, (n,)
     test: np.ndarray,  # rows to be judged by, (m,)
 ) -> None:
-    "A split with an event, a station or a time on both sides is a ValueError that names some."
+    """A split with an event or a station on both sides is a ValueError that names some, as is one whose times mix.
+
+    All of one side may lie before and after the other, which is then without interruption.
+    """
     site, event = sites(table), table.event_id.astype(str).to_numpy()
     for kind, name, shown in (("event", event, event), ("station", site, table.station.astype(str).to_numpy())):
         both = sorted(set(shown[test][np.isin(name[test], name[train])]))
@@ -574,12 +577,12 @@ def split_parts(
     table: pd.DataFrame,  # event_id, network, station of each record; start or time (UTC ns) where known
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25),  # of the events: training, development, test
     never_test: Sequence[str] = (),  # station codes that the model knows from pretraining
-    seed: int = 0,  # of the deal: 0 tests the last events, each further seed those before, and so round
+    seed: int = 0,  # 0 tests the last events, each further one those before, and so round
     guard: float = 60.0,  # least time between two parts, s
 ) -> dict[str, np.ndarray]:  # rows of "train", "dev" and "test", (n,) each; nothing is in two of them
     "Deal records into three parts by time, event and station; audited."
     time, event = known_times(table), table.event_id.astype(str).to_numpy()
-    when = np.random.default_rng(seed).permutation(len(table)) if time is None else time
+    when = np.random.default_rng(0).permutation(len(table)) if time is None else time
     order = pd.Series(when).groupby(event).min().sort_values(kind="stable").index
     parts = np.searchsorted(np.cumsum(shares)[:2] * len(order), np.arange(len(order)), side="right")
     size = max(np.sum(parts == 2), 1)

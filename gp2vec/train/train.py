@@ -518,7 +518,7 @@ class Prepared:
     "Shards and where they came from."
 
     train: ShardDataset  # windows to learn from
-    val: ShardDataset  # windows of other stations
+    val: ShardDataset  # windows of other stations and, where days were held out, later ones
     manifest: str  # path of the manifest
     stations: str  # path of the station table
     report: dict[str, Any]  # counts of objects and windows, of both parts
