@@ -1534,6 +1534,7 @@ def _last_days(manifest: pd.DataFrame, share: float) -> int:
     return int(size.index[-count]) * DAY if count else 0
 
 
+# %% ../../nbs/05_data.datapipes.ipynb #05-094
 def write_split(
     manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
     metadata_manager: StationMetadataManager | None,  # station table
