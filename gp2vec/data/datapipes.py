@@ -1533,7 +1533,6 @@ def _last_days(manifest: pd.DataFrame, share: float) -> int:
     count = np.abs(held - share).argmin() if share else 0
     return int(size.index[-count]) * DAY if count else 0
 
-
 # %% ../../nbs/05_data.datapipes.ipynb #05-094
 def write_split(
     manifest: pd.DataFrame,  # columns `MANIFEST_COLUMNS`
