@@ -402,8 +402,8 @@ def evaluate(
     data
         Folder with picks.csv and its NumPy files, or of labelled windows: waveforms.npy and labels.parquet.
     task
-        event, phase, polarity, tremor, magnitude, magnitude_bins, distance, back_azimuth, displacement, picking; all
-        that the labels allow where none is named.
+        event, phase, polarity, tremor, magnitude, magnitude_bins, distance, back_azimuth, displacement, picking; where
+        none is named, those of the settings, or all that the labels allow.
     settings
         published, trained, quick, or a YAML file: protocols, shares of labels, seeds, budget, stations not to test on.
     output
@@ -414,7 +414,8 @@ def evaluate(
     from gp2vec.models.gp2vec import GP2Vec
     from gp2vec.train.evaluate_downstream import EvaluationConfig, run_evaluation
 
-    config = replace(EvaluationConfig.read(settings), tasks=_codes(task))
+    config = EvaluationConfig.read(settings)
+    config = replace(config, tasks=_codes(task) or config.tasks)
     say = logging.getLogger(__name__).info
     for table in run_evaluation(GP2Vec.from_pretrained(model), data, output, config, say).values():
         short = table[table.labels == table.labels.max()]

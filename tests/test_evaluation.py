@@ -577,14 +577,20 @@ def model(tmp_path_factory):
 
 
 def test_evaluate_writes_tables_and_figures(files, model, tmp_path):
-    lines = ["fractions: [0.2, 1.0]", "picking_fractions: [0.2, 1.0]", "seeds: [0, 1]", "resamples: 20"]
+    lines = [
+        "tasks: [phase, magnitude, picking]",
+        "fractions: [0.2, 1.0]",
+        "picking_fractions: [0.2, 1.0]",
+        "seeds: [0, 1]",
+        "resamples: 20",
+    ]
     lines += ["shares: [0.5, 0.25, 0.25]", "never_test: [S01]", f"arms: [gp2vec, {CONTROL}, STA/LTA]"]
     lines += ["picker: {layer: 0, window_length: 12.0, width: 8}", "fit: {steps: 4, batch_size: 4}"]
     (tmp_path / "own.yaml").write_text("\n".join(lines))
-    tasks = ("--task", "phase", "magnitude", "picking")
-    done = run("evaluate", model, files, *tasks, "--settings", tmp_path / "own.yaml", "--output", tmp_path / "out")
+    done = run("evaluate", model, files, "--settings", tmp_path / "own.yaml", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {name for name in made if name.endswith(".md")} == {"phase.md", "magnitude.md", "picking.md"}
     for task in ("phase", "magnitude", "picking"):
         assert {f"{task}.csv", f"{task}.md", f"{task}.png", f"{task}-labels.png"} <= made
     assert {"picking-residuals.png", "picking-reliability.png"} <= made
@@ -592,6 +598,14 @@ def test_evaluate_writes_tables_and_figures(files, model, tmp_path):
     assert set(table.arm) == {"gp2vec", CONTROL, "STA/LTA"} and (table[table.arm == CONTROL].gain.dropna() == 0).all()
     assert "P F1 0.1 s" in set(table.metric) and table.labels.nunique() == 2
     assert "magnitude, noise only" in set(pd.read_csv(tmp_path / "out" / "magnitude.csv").task)
+
+
+def test_tasks_of_the_command_go_before_those_of_the_settings(files, model, tmp_path):
+    (tmp_path / "own.yaml").write_text("tasks: [picking]\nfractions: [1.0]\nseeds: [0]\nresamples: 5\n")
+    how = ("--task", "phase", "--settings", tmp_path / "own.yaml", "--output", tmp_path / "out")
+    done = run("evaluate", model, files, *how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.md")} == {"phase.md"}
 
 
 def test_adapt_delivers_a_picker_and_a_verdict(files, model, tmp_path):
