@@ -551,7 +551,7 @@ def test_held_out_are_other_stations_on_later_days():
             known
             | {"url": f"/{day}/{station}", "key": f"{day}/{station}", "station": f"S{station}"}
             | {"starttime": day * DAY - early[station], "endtime": (day + 1) * DAY - early[station]}
-            | {"byte_size": int(rng.integers(500, 1000))}
+            | {"byte_size": int(rng.integers(500, 1000)) if station else 1}
             for day, station in rows
         )
         learn, check = hold_out(table, 0.3, 1, days=0.1)
@@ -562,6 +562,9 @@ def test_held_out_are_other_stations_on_later_days():
             assert learn.endtime.max() <= check.starttime.min() + 20 * 10**6
             late = table.byte_size[table.starttime >= check.starttime.min()].sum()
             assert late < 0.2 * table.byte_size.sum(), "as near to a tenth as days allow"
-        assert sum(map(len, hold_out(table, 0.3, 1))) == len(table), "without days nothing is left out"
+        learn, check = hold_out(table, 0.3, 1)
+        assert len(learn) + len(check) == len(table), "without days nothing is left out"
+        drawn = np.random.default_rng(1).permutation(np.array(sorted(set("XX." + table.station)), dtype=object))
+        assert set("XX." + check.station) == set(drawn[: check.station.nunique()]), "whatever they have recorded"
     with pytest.raises(ValueError, match="share of the data"):
         hold_out(table, days=1.0)

@@ -1504,9 +1504,10 @@ def hold_out(
     if not 0 <= days < 1:
         raise ValueError(f"expected a share of the data from 0 to below 1 to hold out as days, got {days}: lower it")
     begin = _last_days(manifest, days)
-    late = _middle(manifest) >= begin
-    size = manifest["byte_size"][late].groupby(station[late]).sum()
-    able = sorted(size.index[size >= size.median() / 2])  # a station of some minutes would be a poor judge
+    late, able = _middle(manifest) >= begin, names
+    if begin:  # a station that has but minutes of those days would be a poor judge
+        size = manifest["byte_size"][late].groupby(station[late]).sum()
+        able = sorted(size.index[size >= size.median() / 2])
     count = min(max(1, round(share * len(names))), len(able), len(names) - 1)
     chosen = station.isin(np.random.default_rng(seed).permutation(np.array(able, dtype=object))[:count]).to_numpy()
     learn, check = manifest[~chosen & _before(manifest, begin)], manifest[chosen & late]
