@@ -113,10 +113,14 @@ def test_twenty_kills_at_random_moments_leave_no_trace(data, tmp_path):
     assert kills == 20 and runs >= 3
 
 
-@pytest.mark.parametrize(("validate", "every"), [(12, 4), (0, 22)], ids=["every 12 steps", "at the end of an epoch"])
-def test_a_validation_that_was_due_is_not_skipped(data, tmp_path, validate, every):
+@pytest.mark.parametrize(
+    ("validate", "every", "steps"),
+    [(12, 4, 26), (0, 22, 26), (12, 4, 12)],
+    ids=["every 12 steps", "at the end of an epoch", "behind the last step"],
+)
+def test_a_validation_that_was_due_is_not_skipped(data, tmp_path, validate, every, steps):
     "Killed in the middle of it, with a checkpoint of that very step."
-    settings = {"validate": validate, "every": every, "steps": 26}
+    settings = {"validate": validate, "every": every, "steps": steps}
     reference = complete(data, tmp_path / "whole", "gumbel", **settings)
     folder = tmp_path / "killed"
     folder.mkdir()

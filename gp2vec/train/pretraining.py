@@ -443,21 +443,31 @@ class _Resumable(pl.LightningModule):
         elif "loops" in checkpoint and self.trainer.state.fn == "fit":
             warnings.warn("these data do not know their position: the windows of an epoch begin anew", stacklevel=2)
 
-    def on_train_start(self):
-        "Nothing of the interrupted epoch is left to be wound forward to; what was due is done first."
-        loop, left, self._left = cast(Any, self.trainer.fit_loop.epoch_loop), self._left, None
+    def _catch_up(self, left):
+        "Do the validation that was due when the run was interrupted."
+        loop = cast(Any, self.trainer.fit_loop.epoch_loop)
         loop.restarting = False
-        if left:
-            for schedule in self.trainer.lr_scheduler_configs:
-                _renew(cast(Any, schedule.scheduler), self.config.optimizer)
         if left and left["validate"]:
             loop._batches_that_stepped -= 1  # its row in the metrics belongs to the step before
             self.trainer.validating = True
             loop.val_loop.run()
             self.trainer.training = True
             loop._batches_that_stepped += 1
+
+    def on_train_start(self):
+        "Nothing of the interrupted epoch is left to be wound forward to; what was due is done first."
+        left, self._left = self._left, None
+        if left:
+            for schedule in self.trainer.lr_scheduler_configs:
+                _renew(cast(Any, schedule.scheduler), self.config.optimizer)
+        self._catch_up(left)
         if left and self.global_rank < len(left["random"]):
             _set_random_state(left["random"][self.global_rank], self.device)
+
+    def on_fit_end(self):
+        "A run that was interrupted behind its last step never starts to train."
+        left, self._left = self._left, None
+        self._catch_up(left)
 
     def on_validation_end(self):
         "This step needs no other."
