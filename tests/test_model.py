@@ -149,7 +149,9 @@ def test_geometry_is_what_a_perturbation_measures(kernels, strides, extra):
     stride, field = frame_geometry(layers)
     samples = field + 3 * stride + extra
     config = settings_of(
-        feature_encoder=EncoderConfig(conv_layers=layers), quantizer=QuantizerConfig("gumbel", 2, 8, 8)
+        mask_span=3.0,  # s; a frame is up to 2.56 s long
+        feature_encoder=EncoderConfig(conv_layers=layers),
+        quantizer=QuantizerConfig("gumbel", 2, 8, 8),
     )
     encoder = GP2Vec(config).double().feature_encoder
     x = torch.randn(1, 3, samples, dtype=torch.float64).requires_grad_()

@@ -395,6 +395,18 @@ def _renew(schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig)
         group["lr"] = config.lr * factor(schedule.last_epoch)
     schedule.base_lrs = [config.lr for _ in decays]
 
+# %% ../../nbs/13_train.pretraining.ipynb #13-090
+def _catch_up(trainer: Any, left: dict[str, Any] | None) -> None:
+    "Do the validation that was due when a run was interrupted."
+    loop = trainer.fit_loop.epoch_loop
+    loop.restarting = False
+    if left and left["validate"]:
+        loop._batches_that_stepped -= 1  # its row in the metrics belongs to the step before
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True
+        loop._batches_that_stepped += 1
+
 # %% ../../nbs/13_train.pretraining.ipynb #13-033
 class _Resumable(pl.LightningModule):
     "Goes on with the very next window after an interruption."
@@ -443,31 +455,20 @@ class _Resumable(pl.LightningModule):
         elif "loops" in checkpoint and self.trainer.state.fn == "fit":
             warnings.warn("these data do not know their position: the windows of an epoch begin anew", stacklevel=2)
 
-    def _catch_up(self, left):
-        "Do the validation that was due when the run was interrupted."
-        loop = cast(Any, self.trainer.fit_loop.epoch_loop)
-        loop.restarting = False
-        if left and left["validate"]:
-            loop._batches_that_stepped -= 1  # its row in the metrics belongs to the step before
-            self.trainer.validating = True
-            loop.val_loop.run()
-            self.trainer.training = True
-            loop._batches_that_stepped += 1
-
     def on_train_start(self):
         "Nothing of the interrupted epoch is left to be wound forward to; what was due is done first."
         left, self._left = self._left, None
         if left:
             for schedule in self.trainer.lr_scheduler_configs:
                 _renew(cast(Any, schedule.scheduler), self.config.optimizer)
-        self._catch_up(left)
+        _catch_up(self.trainer, left)
         if left and self.global_rank < len(left["random"]):
             _set_random_state(left["random"][self.global_rank], self.device)
 
     def on_fit_end(self):
         "A run that was interrupted behind its last step never starts to train."
         left, self._left = self._left, None
-        self._catch_up(left)
+        _catch_up(self.trainer, left)
 
     def on_validation_end(self):
         "This step needs no other."
