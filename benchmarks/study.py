@@ -124,8 +124,13 @@ def whiten(x: torch.Tensor, rate: float = 100.0, band: float = 1.0) -> torch.Ten
 
 def unknown(metadata: dict) -> dict:
     "The metadata of a window of which nothing is known."
-    return {k: torch.full_like(v, v.is_floating_point() and float("nan")) if isinstance(v, torch.Tensor)
-            else type(v)("nan" if isinstance(v, float) else "") for k, v in metadata.items()}  # fmt: skip
+    nothing = {float: float("nan"), str: ""}
+    return {
+        name: torch.full_like(value, float("nan") if value.is_floating_point() else False)
+        if isinstance(value, torch.Tensor)
+        else nothing[type(value)]
+        for name, value in metadata.items()
+    }
 
 
 def changed(dataset, changes: dict):
