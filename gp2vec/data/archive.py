@@ -661,29 +661,45 @@ def _read_file(store: Store, key: str, byte_size: int | None, etag: str | None) 
 _NEAR = 8192  # bytes between two ranges that are not worth a question of their own
 
 
-def _read_part(store: Store, key: str, start: int, stop: int, byte_size: int | None, etag: str | None) -> bytes:
-    "One range, exactly."
+def _read_part(
+    store: Store, key: str, start: int, stop: int, byte_size: int | None, etag: str | None
+) -> tuple[bytes, str | None]:
+    "One range, exactly, and the ETag of the object it is of."
     path, said = store.path(key), f"expected {stop - start} bytes from byte {start}"
     if start == stop:
-        return b""
-    if not store.s3:
-        with open(path, "rb") as file:
-            file.seek(start)
-            if len(data := file.read(stop - start)) == stop - start:
-                return data
-        raise OSError(f"{store.url(key)}: {said}, got {len(data)}: the object ends early; list it anew")
+        return b"", etag
     asked = {"Range": f"bytes={start}-{stop - 1}"} | ({"IfMatch": f'"{etag}"'} if etag else {})
 
-    def question(fs: Any) -> bytes:
+    def question(fs: Any) -> tuple[bytes, str | None]:
         data, reply = fsspec.asyn.sync(fs.loop, _get_object, fs, path, asked)
         span, _, total = reply.get("ContentRange", f"bytes {start}-{stop - 1}/").rpartition("/")
         if total.isdigit() and (int(total) < stop or byte_size not in (None, int(total))):
             raise OSError(f"{store.url(key)}: {said} of {byte_size}, but the object has {total}; list it anew")
         if len(data) != stop - start or span != f"bytes {start}-{stop - 1}":
             raise _Damaged(f"{said}, got {len(data)}")
-        return _again(store, fs, path, asked, data)
+        return _again(store, fs, path, asked, data), str(reply.get("ETag", "")).strip('"') or None
 
     return _ask(store, key, question)
+
+
+def _read_spans(store: Store, key: str, spans: list[list[int]], byte_size, etag) -> list[bytes]:
+    "Several ranges of one and the same object; from S3 at the same time."
+    if not store.s3:
+        bodies = []
+        with open(store.path(key), "rb") as file:  # once: the file may be replaced under its name
+            for start, stop in spans:
+                file.seek(start)
+                bodies.append(file.read(stop - start))
+                if len(bodies[-1]) != stop - start:
+                    said = f"expected {stop - start} bytes from byte {start}, got {len(bodies[-1])}"
+                    raise OSError(f"{store.url(key)}: {said}: the object ends early; list it anew")
+        return bodies
+    read = functools.partial(_read_part, store, key, byte_size=byte_size, etag=etag)
+    with ThreadPoolExecutor(8) as pool:
+        parts = list((pool.map if len(spans) > 1 else map)(lambda span: read(*span), spans))
+    if len({of for _, of in parts} - {None}) > 1:
+        raise OSError(f"{store.url(key)}: the object was replaced while its parts were read; read it anew")
+    return [data for data, _ in parts]
 
 
 def _read_parts(store, key, ranges: Sequence[tuple[int, int]], byte_size, etag) -> list[bytes]:
@@ -696,9 +712,7 @@ def _read_parts(store, key, ranges: Sequence[tuple[int, int]], byte_size, etag) 
             merged[-1][1] = max(merged[-1][1], stop)
         else:
             merged.append([start, stop])
-    read = functools.partial(_read_part, store, key, byte_size=byte_size, etag=etag)
-    with ThreadPoolExecutor(8) as pool:
-        bodies = list((pool.map if len(merged) > 1 else map)(lambda part: read(part[0], part[1]), merged))
+    bodies = _read_spans(store, key, merged, byte_size, etag)
     starts = [start for start, _ in merged]
     holding = [bisect.bisect_right(starts, start) - 1 for start, _ in ranges]
     return [bodies[i][a - starts[i] : b - starts[i]] for i, (a, b) in zip(holding, ranges, strict=True)]
@@ -871,7 +885,7 @@ def _fetch(store: Store, key: str, target: Path, byte_size: int | None, etag: st
             stop = min(at + 4 * _PART, byte_size)
             spans = [(a, min(a + _PART, stop)) for a in range(at, stop, _PART)]
             with ThreadPoolExecutor(4) as pool:
-                for data in pool.map(lambda s: _read_part(store, key, s[0], s[1], byte_size, etag), spans):
+                for data in pool.map(lambda s: _read_part(store, key, s[0], s[1], byte_size, etag)[0], spans):
                     digest.update(data)
                     file.write(data)
     if digest.hexdigest() != sha256:
