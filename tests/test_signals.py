@@ -136,7 +136,8 @@ def test_what_would_end_alike_is_not_tried_again(data, tmp_path, said):
     assert text.count(f"gp2vec: {said}") == 1 and "the same command goes on" not in text and "Traceback" not in text
 
 
-def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path):
+@pytest.mark.parametrize("steps", [7, 3], ids=["half-way", "behind the last step"])
+def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path, steps):
     "It does not wait for the end of it, and begins it anew."
     whole, stopped, log, look = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log", Pretraining.validation_step
 
@@ -146,14 +147,16 @@ def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path):
         return look(self, batch, batch_idx)
 
     often = ("train.validate_every=3", "train.checkpoint_every=0", "data.batch_size=4")
-    assert end(begin(settings(data, whole, 7, *often), log)) == 0
-    asked = settings(data, stopped, 7, *often)
+    assert end(begin(settings(data, whole, steps, *often), log)) == 0
+    asked = settings(data, stopped, steps, *often)
     pid = begin(asked, log, before=lambda: setattr(Pretraining, "validation_step", look_and_be_told))
     assert end(pid, 30) == 75 and last(stopped) == 3, log.read_text()[-3000:]
     assert end(begin(asked, log)) == 0
     columns = ["step", "train_loss", "val_loss", "val_accuracy"]
     tables = [pd.read_csv(run / "metrics.csv")[columns].dropna(thresh=2) for run in (whole, stopped)]
-    assert tables[0].val_loss.count() == 2 and tables[0].reset_index(drop=True).equals(tables[1].reset_index(drop=True))
+    assert tables[0].val_loss.count() == steps // 3 and tables[0].reset_index(drop=True).equals(
+        tables[1].reset_index(drop=True)
+    )
 
 
 def test_before_it_learns_nothing_is_lost(data, tmp_path):

@@ -699,7 +699,11 @@ class Pretrained(PyTorchModelHubMixin):
         where = {k: options.pop(k) for k in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
         inside = Path(model_id) / SAFETENSORS
         path = str(inside) if inside.exists() else hf_hub_download(model_id, SAFETENSORS, **where)
-        return cls._load_as_safetensor(cls(**options), path, map_location, strict)
+        try:
+            model = cls(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{model_id} is no {cls.__name__}: {error}; load it as what it was saved as") from error
+        return cls._load_as_safetensor(model, path, map_location, strict)
 
     def _save_pretrained(self, save_directory):
         "As the parent, whose weights nobody but their owner may read."

@@ -919,12 +919,11 @@ def pretrain(
     done = _resume(place, model, trainer)
     told, saving = [MetricsTable(output, done), *loggers], Saving(place, train.checkpoint_every)
     runner = build_trainer(train, trainer, output, [*callbacks, saving], told, progress)
-    if not 0 < train.max_steps <= done:
-        if done:
-            _logger.info("goes on after step %d", done)
-        pl.seed_everything(train.seed + done, workers=True, verbose=False)
-        runner.fit(task, data, ckpt_path=place.path(done) if done else None, weights_only=True)
-        done = runner.global_step
+    if done and not 0 < train.max_steps <= done:
+        _logger.info("goes on after step %d", done)
+    pl.seed_everything(train.seed + done, workers=True, verbose=False)
+    runner.fit(task, data, ckpt_path=place.path(done) if done else None, weights_only=True)
+    done = runner.global_step
     runner.loggers = []  # the table has the metrics of the last step
     found = runner.validate(task, data, ckpt_path=place.path(done), verbose=False, weights_only=True)
     return task, {name: float(value) for name, value in found[0].items()}
