@@ -467,7 +467,8 @@ def adapt(
     rate = loaded.sampling_rate if isinstance(loaded, Picker) else loaded.config.sampling_rate
     onsets = read_onsets(labels, PreprocessingConfig(sampling_rate=rate))
     fit = FitConfig(steps=steps, tune=tune, seed=seed)
-    made = adapt_picker(loaded, onsets, config=PickerConfig(window_length=window_length), fit=fit)
+    say = logging.getLogger(__name__).info
+    made = adapt_picker(loaded, onsets, config=PickerConfig(window_length=window_length), fit=fit, progress=say)
     made.write(output)
     console.print(made.curve.round(3).to_string(index=False))
     console.print(f"{made.verdict}\npicker: {output}")

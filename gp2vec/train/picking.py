@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -782,7 +782,9 @@ def _arm_picks(picker, tune: LabelledOnsets | None, windows: LabelledWindows, ro
     return found.assign(window=rows[found.window.to_numpy()], temperature=picker.config.temperature)
 
 
-def _cross_validate(model, onsets, counts, config, fit, folds, windows) -> dict[tuple[str, int], pd.DataFrame]:
+def _cross_validate(
+    model, onsets, counts, config, fit, folds, windows, progress
+) -> dict[tuple[str, int], pd.DataFrame]:
     "Judged candidates of every event by pickers that did not see it, for each arm and number of events."
     fold, place = _event_folds(onsets.table, folds, fit.seed), _event_folds(windows.table, folds, fit.seed)
     parts: dict[tuple[str, int], list[pd.DataFrame]] = {}
@@ -794,6 +796,7 @@ def _cross_validate(model, onsets, counts, config, fit, folds, windows) -> dict[
             untuned = copy.deepcopy(model).eval()
             parts.setdefault(("as given", 0), []).append(_arm_picks(untuned, others, windows, rows))
         for count in counts:
+            progress(f"{count} events, part {k + 1} of {folds} left out")
             few = others.some_events(count, fit.seed + k)
             tuned = train_picker(model, few, few, config, replace(fit, seed=fit.seed + k))
             parts.setdefault(("adapted", count), []).append(_arm_picks(tuned, None, windows, rows))
@@ -808,6 +811,7 @@ def adapt(
     fit: FitConfig = FitConfig(),  # noqa: B008  frozen, so safe to share
     folds: int = 4,  # of the cross-validation
     resamples: int = 300,  # bootstrap draws of events
+    progress: Callable[[str], None] = lambda line: None,  # told of each picker that is trained
 ) -> Adaptation:  # the picker, the curve and the verdict
     "Make a picker of a few labels, and say what it is worth."
     config = model.config if isinstance(model, Picker) else config
@@ -817,8 +821,9 @@ def adapt(
         raise ValueError(f"{folds} folds need {2 * folds} labelled events or more, and there are {events}: label more")
     windows = onsets.crops(config.window_length, seed=fit.seed)
     counts = (*(c for c in counts if c < events * (folds - 1) // folds), events * (folds - 1) // folds)
-    found = _cross_validate(model, onsets, counts, config, fit, folds, windows)
+    found = _cross_validate(model, onsets, counts, config, fit, folds, windows, progress)
     curve = _gain_curve(found, windows.table, resamples, fit.seed)
+    progress(f"all {events} events")
     picker = train_picker(model, onsets, None, config, fit)
     last = found["adapted", counts[-1]]  # its probabilities are those of the folds' temperatures
     picker.config = replace(picker.config, temperature=float(last.temperature.median()))
