@@ -679,6 +679,20 @@ def test_no_secrets(tmp_path, run, s3_server, caplog):
         assert not any(secret.encode() in text for text in texts)
 
 
+def test_export_to_s3(tmp_path, s3_server, monkeypatch):
+    "Under its key, and not in a folder of that name here; another scheme is refused."
+    s3_server.env(monkeypatch)
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    run = fit(tmp_path / "run", 1).path(1)
+    export_checkpoint(run, "s3://private/exported/model")
+    found = s3_server.fs().ls("private/exported/model")
+    assert {name.rpartition("/")[2] for name in found} >= {"config.json", "model.safetensors"}
+    with pytest.raises(ValueError, match="s3://bucket"):
+        export_checkpoint(run, "gs://private/model")
+    assert not list(here.iterdir())
+
+
 def test_wrong_exports(tmp_path):
     "What is no checkpoint of pretraining is refused in one sentence."
     (tmp_path / "empty").mkdir()

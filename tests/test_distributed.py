@@ -158,6 +158,19 @@ def test_one_process_stops_and_two_go_on(data, alone, tmp_path, strategy):
     equal_losses(tmp_path, alone["gumbel"])
 
 
+def test_an_average_may_begin_half_way(data, tmp_path):
+    "With the weights of the checkpoint, however they are dealt out; and end, without a trace of it."
+    for strategy in ("ddp", "fsdp2"):
+        folder = tmp_path / strategy
+        run(data, folder, strategy, ema_decay=0)
+        run(data, folder, strategy, ema_decay=0.5, steps=14)
+        saved = torch.load(folder / "last.ckpt", weights_only=True)
+        apart = [(saved["state_dict"][k] - v).abs().max() for k, v in saved["current_model_state"].items()]
+        assert 0 < max(apart) < 0.02, strategy
+        run(data, folder, strategy, ema_decay=0, steps=16)
+        assert "current_model_state" not in torch.load(folder / "last.ckpt", weights_only=True), strategy
+
+
 def test_a_process_killed_under_torchrun_ends_the_job_and_it_goes_on_as_if_nothing_had_been(data, tmp_path):
     settings = SETTINGS | {"data": str(data), "strategy": "ddp", "devices": 2, "batch_size": 4}
     run(data, tmp_path / "whole", "ddp")

@@ -90,10 +90,11 @@ def test_interrupted_run_is_the_uninterrupted_one(data, tmp_path):
 
 
 CHANGED = {
+    "data.augmentation.enabled=false": "train.max_steps=8 (was 6), data.augmentation.enabled=False (was True)",
     "data.batch_size=4": "a step takes 4 windows and took 8 when the run was interrupted",
     "train.trainer.accumulate_grad_batches=2": "a step takes 16 windows and took 8 when the run was interrupted",
-    "train.optimizer.lr=1e-5": "other settings than it began with: train.optimizer.lr=1e-05 (was 0.0005)",
-    "train.lr_scheduler.warmup_steps=2": "other settings than it began with: train.lr_scheduler.warmup_steps=2 (was 5)",
+    "train.optimizer.lr=1e-5": "than it began with: train.optimizer.lr=1e-05 (was 0.0005), train.max_steps=8 (was 6)",
+    "train.lr_scheduler.warmup_steps=2": "than it began with: train.lr_scheduler.warmup_steps=2 (was 5), ",
 }
 
 
@@ -102,8 +103,10 @@ def test_a_run_that_goes_on_as_another_says_so(data, tmp_path, change):
     "Once, in one sentence; the same run says nothing, and a new learning rate is the one it goes on with."
     run, log = tmp_path / "run", tmp_path / "log"
     assert end(begin(settings(data, run, 4, "train.max_epochs=9"), log)) == 0, log.read_text()[-3000:]
-    assert end(begin(settings(data, run, 6), log)) == 0, log.read_text()[-3000:]
+    assert end(begin(settings(data, run, 4), log)) == 0, log.read_text()[-3000:]
     assert "than it began with" not in log.read_text() and "was interrupted" not in log.read_text()
+    assert end(begin(settings(data, run, 6), log)) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("than it began with: train.max_steps=6 (was 4)\n") == 1, "schedules run over them"
     assert end(begin(settings(data, run, 8, change), log)) == 0, log.read_text()[-3000:]
     assert log.read_text().count(CHANGED[change]) == 1, log.read_text()[-3000:]
     rates = pd.read_csv(run / "metrics.csv").filter(like="lr-").dropna().iloc[:, 0].tolist()
@@ -157,6 +160,39 @@ def test_told_to_stop_in_the_middle_of_a_validation(data, tmp_path, steps):
     assert tables[0].val_loss.count() == steps // 3 and tables[0].reset_index(drop=True).equals(
         tables[1].reset_index(drop=True)
     )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_told_to_stop_just_before_the_first_step(data, tmp_path, name):
+    "As while the first probe is fitted: it has nothing to save, and ends as a run that goes on."
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def be_told(self, trainer, pl_module):
+        os.kill(os.getpid(), getattr(signal, name))
+
+    asked = settings(data, run, 4)
+    pid = begin(asked, log, before=lambda: setattr(callbacks.CollapseAlarm, "on_train_start", be_told))
+    assert end(pid, 30) == 75, log.read_text()[-3000:]
+    assert f"told to stop by {name} before the first step" in log.read_text() and last(run) is None
+    assert end(begin(asked, log)) == 0 and rows(run) == [0, 1, 2, 3], log.read_text()[-3000:]
+
+
+def test_asked_at_the_keyboard(data, tmp_path):
+    "Ctrl-C reaches all processes of a terminal: the step is saved. Asked again, the run ends at once."
+    run, log = tmp_path / "run", tmp_path / "log"
+    asked = settings(data, run, STEPS, "train.checkpoint_every=0", "data.num_workers=2")
+    pid = begin(asked, log, before=os.setsid)
+    wait_for(run, 2, pid)
+    os.killpg(pid, signal.SIGINT)
+    assert end(pid, 60) == 75, log.read_text()[-3000:]
+    assert rows(run) == list(range(last(run)))
+
+    def be_asked_twice(self, batch, batch_idx):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pid = begin(asked, log, before=lambda: setattr(Pretraining, "training_step", be_asked_twice))
+    assert end(pid, 60) not in (0, 75), log.read_text()[-3000:]
 
 
 def test_before_it_learns_nothing_is_lost(data, tmp_path):

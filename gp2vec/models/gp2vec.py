@@ -230,7 +230,9 @@ def _refuse(path: str, expected: str, value: Any) -> NoReturn:
 
 
 def _plain(value: Any, kind: Any, path: str) -> Any:
-    "A number, a word or a switch; 3 is also a number with a point, and 1e4 also a whole one."
+    "A number, a word or a switch; 3 is also a number with a point, 1e4 also a whole one, and the environment has text."
+    if kind is int and isinstance(value, str) and value.isdecimal():
+        return int(value)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float and number:
         return float(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import statistics
 import time
 from collections import deque
@@ -189,7 +190,8 @@ class Guard(_Books):
             self.in_a_row = 0
             self._judge(loss / scale, batches, trainer.global_step)
         if _reports(trainer, trainer.global_step + 1):
-            counts = {"skipped_steps": float(self.skipped), "loss_spikes": float(self.spikes)}
+            spikes = _over_processes(torch.tensor(float(self.spikes), device=pl_module.device), "SUM")
+            counts = {"skipped_steps": float(self.skipped), "loss_spikes": spikes}
             pl_module.log_dict({"gradient_norm": norm} | counts)
 
     def _look(self, pl_module):
@@ -291,6 +293,7 @@ class Throughput(_Steps):
 
     def setup(self, trainer, pl_module, stage):
         "Ask to be told of waiting, unless somebody else is."
+        self._since = 0.0
         if isinstance(trainer.profiler, PassThroughProfiler):
             trainer.profiler = _WaitClock()
 
@@ -299,6 +302,14 @@ class Throughput(_Steps):
         super().on_train_start(trainer, pl_module)
         self._windows, self._seconds = 0, 0.0
         self._since, self._waited = time.perf_counter(), getattr(trainer.profiler, "waited", 0.0)
+
+    def on_validation_start(self, trainer, pl_module):
+        "Stop the clock,"
+        self._stopped = time.perf_counter()
+
+    def on_validation_end(self, trainer, pl_module):
+        "and go on."
+        self._since += time.perf_counter() - self._stopped
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Count, and report when the loggers do."
@@ -578,7 +589,7 @@ class PeriodicExport(_Steps):
             return
         with _judged(pl_module) as model:
             state = trainer.strategy.lightning_module_state_dict()  # from all processes
-            if trainer.is_global_zero and not folder.exists():
+            if trainer.is_global_zero:
                 self._write(model.config, state, folder)
 
     def _write(self, config, state, folder):
@@ -587,6 +598,8 @@ class PeriodicExport(_Steps):
         model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         part = folder.with_suffix(".part")
         model.eval().save_pretrained(part)
+        if folder.exists():  # of the part of the run that is done again, or of another run
+            shutil.rmtree(folder)
         part.rename(folder)
 
 # %% ../../nbs/14_train.callbacks.ipynb #14-047

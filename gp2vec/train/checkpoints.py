@@ -381,7 +381,7 @@ def _find(source: str) -> dict[str, Any]:
 # %% ../../nbs/12_train.checkpoints.ipynb #12-037
 def export_checkpoint(
     checkpoint: str | os.PathLike,  # folder of a run or of its checkpoints, or one .ckpt; local or `s3://…`
-    folder: str | os.PathLike,  # made where it is absent
+    folder: str | os.PathLike,  # made where it is absent; local or `s3://…`
     half: bool = False,  # store weights in 16 bits, which are read as 32
 ) -> GP2Vec:  # the model as it will be read, in evaluation mode
     "Write `model.safetensors` and `config.json` that `GP2Vec.from_pretrained` reads."
@@ -395,5 +395,13 @@ def export_checkpoint(
         raise ValueError(
             f"{checkpoint} is not a checkpoint of gp2vec pretraining ({said}): give one of its runs"
         ) from error
-    (model.half() if half else model).eval().save_pretrained(Path(folder))
+    (model.half() if half else model).eval()
+    if "://" in os.fspath(folder):
+        store = Store(folder, credentials="environment")
+        with tempfile.TemporaryDirectory() as part:
+            model.save_pretrained(Path(part))
+            for path in sorted(Path(part).iterdir()):
+                store.write(path.name, path.read_bytes())
+    else:
+        model.save_pretrained(Path(folder))
     return model.float()

@@ -117,7 +117,7 @@ class TrainConfig:
 
     max_epochs: int = 100  # passes over the shards
     max_steps: int = -1  # optimiser steps; -1: as many as the epochs have
-    seed: int = 0  # of weights, masks and order
+    seed: int = 0  # of weights and masks; the order of the windows is drawn from `data.seed`
     gradient_clip: float = 1.0  # largest norm of the gradient
     temperature: tuple[float, float] = (2.0, 0.5)  # Gumbel temperature at the start and the end of the run
     mask_ramp: tuple[float, float] = (1.0, 1.0)  # factor on `model.mask_prob` at the start and the end of the run
@@ -380,11 +380,17 @@ def _leaves(settings: Mapping[str, Any], above: str = "train.") -> dict[str, Any
     return found
 
 
-def _changes(config: TrainConfig, saved: Mapping[str, Any]) -> str:
+def _changes(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     "Which settings that decide on what is learned are others than those of a checkpoint, in words."
-    now, before = settings_to_dict(config), _leaves(settings_to_dict(TrainConfig())) | _leaves(saved)
-    mine = _leaves({name: now[name] for name in _LEARNING})
-    return ", ".join(f"{name}={value} (was {before[name]})" for name, value in mine.items() if value != before[name])
+    found: list[dict[str, Any]] = []
+    for settings in (saved, now):
+        train = settings_to_dict(TrainConfig()) | settings["train"]
+        found.append(_leaves({name: train[name] for name in _LEARNING} | {"max_steps": settings["steps"]}))
+        augment, place = settings.get("augment"), "data.augmentation."
+        found[-1] |= {f"{place}enabled": bool(augment)} | _leaves(augment or {}, place)
+    before, mine = found
+    changed = [name for name in mine if name in before and mine[name] != before[name]]
+    return [f"{name}={mine[name]} (was {before[name]})" for name in changed]
 
 
 def _renew(schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig) -> None:
@@ -415,7 +421,7 @@ class _Resumable(pl.LightningModule):
     model: GP2Vec
     augment: Augment | None
     _left: dict[str, Any] | None = None  # what a checkpoint says besides weights and positions
-    _validated = -1  # step of the last validation
+    validated = -1  # step of the last validation
 
     @property
     def total_steps(self) -> int:
@@ -430,7 +436,7 @@ class _Resumable(pl.LightningModule):
     def _validation_due(self) -> bool:
         "Whether the step that was just done is followed by a validation that has not been."
         trainer, loop = cast(Any, self.trainer), cast(Any, self.trainer.fit_loop.epoch_loop)
-        if self._validated == trainer.global_step or not loop._should_check_val_epoch():
+        if self.validated == trainer.global_step or not loop._should_check_val_epoch():
             return False
         if not trainer.training:  # in the middle of it
             return True
@@ -441,17 +447,27 @@ class _Resumable(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint):
         "What else there is to know."
-        checkpoint["left"] = {"validate": self._validation_due(), "random": _random_states(self.device)}
+        checkpoint["left"] = {
+            "validate": self._validation_due(),
+            "validated": self.validated,
+            "steps": self.total_steps,
+            "random": _random_states(self.device),
+        }
 
     def on_load_checkpoint(self, checkpoint):
         "Go on in the middle of an epoch: the loops begin one, which the data make shorter."
         if "loops" in checkpoint and WindowData.__qualname__ in checkpoint:
             begin_epoch(checkpoint, checkpoint[WindowData.__qualname__]["order"]["epoch"])
             self._left = checkpoint.get("left")
-            saved = checkpoint.get("hyper_parameters", {}).get("train")
-            changed = _changes(self.config, saved) if saved and self.trainer.state.fn == "fit" else ""
-            if changed and self.trainer.is_global_zero:
-                logger.warning("goes on with other settings than it began with: %s", changed)
+            saved = checkpoint.get("hyper_parameters", {})
+            if self.trainer.state.fn == "fit" and self._left and "train" in saved:
+                self.validated, steps = self._left.get("validated", -1), self.total_steps
+                changed = _changes(
+                    {**self.hparams, "train": settings_to_dict(self.config), "steps": steps},
+                    saved | {"steps": self._left.get("steps", steps)},
+                )
+                if changed and self.trainer.is_global_zero:
+                    logger.warning("goes on with other settings than it began with: %s", ", ".join(changed))
         elif "loops" in checkpoint and self.trainer.state.fn == "fit":
             warnings.warn("these data do not know their position: the windows of an epoch begin anew", stacklevel=2)
 
@@ -472,7 +488,7 @@ class _Resumable(pl.LightningModule):
 
     def on_validation_end(self):
         "This step needs no other."
-        self._validated = self.trainer.global_step
+        self.validated = self.trainer.global_step
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-035
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -744,7 +760,7 @@ def _deafen(worker: int) -> None:
     sys.excepthook = _complain
     if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning does where nobody else has something to do
         pl_worker_init_function(worker)
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -954,8 +970,9 @@ class FullySharded(ModelParallelStrategy):
         set_model_state_dict(model, checkpoint.pop("state_dict"), options=whole)
         if module.trainer.state.fn != "fit":
             return checkpoint
+        if module.config.ema_decay:
+            module.remember()  # the average, or the weights where there is none so far
         if "current_model_state" in checkpoint:
-            module.remember()
             set_model_state_dict(model, checkpoint.pop("current_model_state"), options=whole)
         names = {id(p): name for name, p in model.named_parameters()}
         options = StateDictOptions(full_state_dict=True, strict=False)
@@ -974,7 +991,10 @@ _PATIENCE = timedelta(minutes=10)
 
 def strategy_of(
     name: str,  # a strategy of the settings of a trainer
+    processes: int = 1,  # of all machines together
 ) -> str | Strategy:  # as the trainer takes it
     "How the work is split; processes that wait in vain for another give up after ten minutes, not after thirty."
     patient: dict[str, Any] = {"ddp": DDPStrategy, "fsdp2": FullySharded}
+    if name == "auto" and processes > 1:
+        name = "ddp"
     return patient[name](timeout=_PATIENCE) if name in patient else name

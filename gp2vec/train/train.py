@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -246,6 +246,11 @@ class RunConfig:
         if "://" in self.output:
             scheme = self.output.partition("://")[0]
             raise ValueError(f"output is a folder, not {scheme}://…: checkpoints=s3://… puts those on S3")
+        scheme = self.checkpoints.partition(":")[0]
+        if ":" in self.checkpoints and len(scheme) > 1 and not self.checkpoints.startswith("s3://"):
+            raise ValueError(f"checkpoints is a folder or s3://…, not {self.checkpoints}")
+        if self.model.context_encoder.layer_drop and self.train.trainer.strategy == "fsdp2":
+            raise ValueError("with train.trainer.strategy=fsdp2 all processes run all layers: set layer_drop to 0")
         self._check_windows()
         layers = self.model.context_encoder.num_layers
         if self.train.probe_layer > layers:
@@ -541,6 +546,27 @@ def limit_manifest(
     return manifest.merge(kept[["network", "station"]], on=["network", "station"]).reset_index(drop=True)
 
 
+def _tell_unused(config: DataConfig, made: PreprocessingConfig) -> None:
+    "Say which settings were given and cannot be met, since the shards are there already."
+    if config.archive:
+        return  # they were made of these
+    given, usual = settings_to_dict(config), settings_to_dict(read_settings(compose()).data)
+    have = settings_to_dict(made)
+    late = ("directory", "archive", "credentials", "seed", "batch_size", "num_workers", "augmentation", "processing")
+    unused = [f"data.{name}" for name in given if name not in late and given[name] != usual[name]]
+    unused += [
+        f"data.processing.{name}={value} (they have {have[name]})"
+        for name, value in given["processing"].items()
+        if value != usual["processing"][name] and value != have[name]
+    ]
+    if unused:
+        _logger.warning(
+            "the shards in %s are taken as they are, whatever is set of %s: to make others, name an archive in "
+            "data.archive and another data.directory",
+            *(config.directory, ", ".join(unused)),
+        )
+
+
 def open_shards(
     config: DataConfig,  # settings without an archive
 ) -> Prepared:  # datasets to train on
@@ -557,6 +583,7 @@ def open_shards(
             f"`gp2vec metadata --archive URL --manifest {manifest} --output {stations}` and "
             f"`gp2vec shards {manifest} --stations {stations} --output {shards}`, or name an archive in data.archive"
         ) from None
+    _tell_unused(config, train.index.config)
     return Prepared(train, val, manifest, stations, {})
 
 # %% ../../nbs/15_train.train.ipynb #15-029
@@ -632,7 +659,8 @@ def prepare(
     with FileLock(folder / ".prepare.lock"):
         before = json.loads(note.read_text()) if note.exists() else {}
         if before.get("settings") == made:
-            return replace(open_shards(config), report=before["report"])
+            with suppress(FileNotFoundError):  # they were removed
+                return replace(open_shards(config), report=before["report"])
         prepared = _make(config, progress, stage)
         note.write_text(json.dumps({"settings": made, "report": prepared.report}))
     return prepared
@@ -684,7 +712,7 @@ class MetricsTable(Logger):
 
     def _before(self) -> pd.DataFrame:
         "What is there; at first only what lies before the checkpoint."
-        if not self.path.exists() or not (self.columns or self.done):
+        if not self.path.exists() or not self.path.stat().st_size or not (self.columns or self.done):
             return pd.DataFrame()
         table = pd.read_csv(self.path)
         return table if self.columns else table[table.step < self.done]
@@ -747,6 +775,31 @@ _logger = logging.getLogger(__name__)
 AGAIN = 75  # exit status of a run that was told to stop and goes on with the same command
 
 
+def _stops() -> list[signal.Signals]:
+    "By what a process is told to stop, where it can hear: SLURM's USR1, Kubernetes' TERM, Ctrl-C."
+    names = ("SIGTERM", "SIGUSR1", "SIGINT") if threading.current_thread() is threading.main_thread() else ()
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextmanager
+def _not_begun() -> Iterator[None]:
+    "Who is told to stop before the first step has nothing to save, and says that it wants to begin again."
+
+    def leave(number, frame):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        told = f"told to stop by {signal.Signals(number).name} before the first step"
+        print(f"gp2vec: {told}: the same command begins again", file=sys.stderr)
+        raise SystemExit(AGAIN)
+
+    before = {number: signal.signal(number, leave) for number in _stops()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Saving(pl.callbacks.Checkpoint):
     "Saves every so many steps, when a run ends, and when the process is told to stop."
 
@@ -757,15 +810,33 @@ class Saving(pl.callbacks.Checkpoint):
     ):
         self.place, self.every, self.told, self.stop = place, every, "", False
 
+    def setup(self, trainer, pl_module, stage):
+        "All processes must mean one and the same run, wherever they are."
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        folder = None if self.place.store.s3 else Path(self.place.store.path(""))
+        if folder and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.barrier()
+        steps, seen = self.place.steps(), [""] * trainer.world_size
+        last = "absent" if folder and not folder.exists() else f"step {max(steps, default=0)}"
+        mine = f"{self.place.store.url('')} ({last})"
+        torch.distributed.all_gather_object(seen, mine)
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the processes see different checkpoints, {', '.join(sorted(set(seen)))}: output, or checkpoints, is "
+                "one place that all of them share"
+            )
+
     def on_train_start(self, trainer, pl_module):
         "Listen; the trainer takes its own handlers away again when it is done, and with them these."
         self.saved = self.step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGUSR1"):
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), self._listen)
+        for number in _stops():
+            signal.signal(number, self._listen)
 
     def _listen(self, number, frame):
+        if self.told and number == signal.SIGINT:  # asked twice at the keyboard
+            raise KeyboardInterrupt
         self.told = signal.Signals(number).name
 
     def _save(self, trainer):
@@ -860,10 +931,14 @@ def build_trainer(
     "A Lightning trainer with everything that watches a run."
     shown = sys.stdout.isatty() if progress is None else progress
     every = train.validate_every or max(train.max_steps, 0)
+    devices = max(torch.cuda.device_count(), 1) if trainer.devices == "auto" else int(trainer.devices)
     precision = working_precision(trainer)
     if precision == "32-true" != trainer.precision:
         _logger.info("computes in float32: this processor has no instructions for half precision")
-    machine = vars(trainer) | {"precision": precision, "strategy": strategy_of(trainer.strategy)}
+    machine = vars(trainer) | {
+        "precision": precision,
+        "strategy": strategy_of(trainer.strategy, devices * trainer.num_nodes),
+    }
     return pl.Trainer(
         **machine, default_root_dir=Path(output), plugins=_plugins(train, trainer),
         max_epochs=train.max_epochs, max_steps=train.max_steps, gradient_clip_val=train.gradient_clip or None,
@@ -878,6 +953,12 @@ def build_trainer(
     )  # fmt: skip
 
 # %% ../../nbs/15_train.train.ipynb #15-046
+def _weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    "Settings of a model without that which changes its memory alone."
+    context = {name: value for name, value in model["context_encoder"].items() if name != "checkpointing"}
+    return {**model, "context_encoder": context}
+
+
 def _resume(place: Checkpoints, model: GP2VecConfig, trainer: TrainerConfig) -> int:
     "Optimiser steps of the newest good checkpoint, 0 where there is none; one of another model is refused."
     if not place.steps():
@@ -887,7 +968,7 @@ def _resume(place: Checkpoints, model: GP2VecConfig, trainer: TrainerConfig) -> 
             )
         return 0
     saved = place.load()
-    if saved["hyper_parameters"]["model"] != settings_to_dict(model):
+    if _weights(saved["hyper_parameters"]["model"]) != _weights(settings_to_dict(model)):
         raise ValueError(
             f"{place.store.url('')} holds checkpoints of a model with other settings: "
             "choose another output, or remove them"
@@ -922,9 +1003,15 @@ def pretrain(
     if done and not 0 < train.max_steps <= done:
         _logger.info("goes on after step %d", done)
     pl.seed_everything(train.seed + done, workers=True, verbose=False)
-    runner.fit(task, data, ckpt_path=place.path(done) if done else None, weights_only=True)
+    try:
+        runner.fit(task, data, ckpt_path=place.path(done) if done else None, weights_only=True)
+    except BaseException:
+        if runner.strategy.launcher:  # the processes that were started for this run end with it
+            runner.strategy.launcher.kill(signal.SIGTERM)
+        raise
     done = runner.global_step
-    runner.loggers = []  # the table has the metrics of the last step
+    if task.validated == done:
+        runner.loggers = []  # the table has these metrics
     found = runner.validate(task, data, ckpt_path=place.path(done), verbose=False, weights_only=True)
     return task, {name: float(value) for name, value in found[0].items()}
 
@@ -946,11 +1033,14 @@ def _check_machine(config: RunConfig) -> None:
 # %% ../../nbs/15_train.train.ipynb #15-054
 def run(
     config: RunConfig,  # settings
+    callbacks: Sequence[pl.Callback] = (),  # besides the usual ones
 ) -> tuple[dict[str, float], list[str]]:  # metrics on the held-out windows; reasons not to believe the run
     "Prepare, train, validate and judge as the settings say."
     model, data, train = config.model, config.data, config.train
     if not data.metadata.enabled:
-        model = replace(model, conditioning=replace(model.conditioning, fields=("log_scale",)))
+        words: dict[str, Any] = dict.fromkeys(("networks", "bands", "sensors", "dataloggers", "stations"), ())
+        untold = replace(model.conditioning, fields=("log_scale",), response=False, **words)
+        model = replace(model, conditioning=untold)
     prepared = prepare(data)
     rate = prepared.train.index.config.sampling_rate
     if rate != model.sampling_rate:
@@ -958,15 +1048,17 @@ def run(
             f"the shards hold windows at {rate:g} Hz, and the model is for {model.sampling_rate:g} Hz: make others"
         )
     windows = WindowData(prepared.train, prepared.val, data.batch_size, data.num_workers)
-    probe = []
+    probe: list[OnlineProbe] = []
     if train.probe_every and not train.trainer.fast_dev_run:
-        labels = embedded_labels(data.processing).only("P", "S")
+        # The labelled network has no responses, and the model is shown windows of one size in any case.
+        labels = embedded_labels(replace(data.processing, output="", pre_filt=())).only("P", "S")
         probe.append(OnlineProbe(labels, every=train.probe_every, layer=train.probe_layer))
     loggers = [] if train.trainer.fast_dev_run else build_loggers(config, GP2Vec(model))
     try:
         metrics = pretrain(
-            model, train.run, windows, config.output, data.augment, probe, train.trainer, loggers, config.checkpoints
-        )[1]
+            model, train.run, windows, config.output, data.augment, [*callbacks, *probe], train.trainer, loggers,
+            config.checkpoints,
+        )[1]  # fmt: skip
     finally:
         for logger in loggers:
             if isinstance(logger, WandbLogger):  # written out now, and not continued by the next run of this process
@@ -1036,9 +1128,10 @@ def main(
         _check_machine(config)
         logging.basicConfig(format="gp2vec: %(message)s")
         logging.getLogger("gp2vec").setLevel(logging.INFO)
-        if _first() and not config.train.trainer.fast_dev_run:
-            _keep(composed, config.output)
-        metrics, wrong = run(config)
+        # The settings of a run that was refused, or was complete, do not take the place of its own.
+        keep = pl.callbacks.LambdaCallback(on_train_start=lambda *_: _keep(composed, config.output))
+        with _not_begun():
+            metrics, wrong = run(config, [keep] if _first() and not config.train.trainer.fast_dev_run else [])
     except (ValueError, FileNotFoundError, CollapsedCodes, FloatingPointError) as error:
         print(f"gp2vec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1047,6 +1140,9 @@ def main(
             raise
         print(f"gp2vec: {said}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("gp2vec: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if _first():
         print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         for complaint in wrong:
