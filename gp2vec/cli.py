@@ -13,7 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -52,6 +53,19 @@ Executor = Annotated[
     str, Parameter(help="processes on this machine, or dask://host:port of a dask.distributed scheduler.")
 ]
 console = Console()
+
+
+@contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    "What is going on, in a line that goes when it is done, and in the log."
+    with Progress("{task.description}", console=Console(stderr=True), disable=console.quiet, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def say(line: str) -> None:
+            bar.update(task, description=line)
+            logging.getLogger(__name__).info(line)
+
+        yield say
 
 
 def _codes(values: Sequence[str]) -> tuple[str, ...]:
@@ -416,8 +430,9 @@ def evaluate(
 
     config = EvaluationConfig.read(settings)
     config = replace(config, tasks=_codes(task) or config.tasks)
-    say = logging.getLogger(__name__).info
-    for table in run_evaluation(GP2Vec.from_pretrained(model), data, output, config, say).values():
+    with _telling() as say:
+        tables = run_evaluation(GP2Vec.from_pretrained(model), data, output, config, say)
+    for table in tables.values():
         short = table[table.labels == table.labels.max()]
         console.print(
             short[["task", "protocol", "arm", "labels", "metric", "value", "low", "high", "gain"]]
@@ -467,8 +482,8 @@ def adapt(
     rate = loaded.sampling_rate if isinstance(loaded, Picker) else loaded.config.sampling_rate
     onsets = read_onsets(labels, PreprocessingConfig(sampling_rate=rate))
     fit = FitConfig(steps=steps, tune=tune, seed=seed)
-    say = logging.getLogger(__name__).info
-    made = adapt_picker(loaded, onsets, config=PickerConfig(window_length=window_length), fit=fit, progress=say)
+    with _telling() as say:
+        made = adapt_picker(loaded, onsets, config=PickerConfig(window_length=window_length), fit=fit, progress=say)
     made.write(output)
     console.print(made.curve.round(3).to_string(index=False))
     console.print(f"{made.verdict}\npicker: {output}")
@@ -692,17 +707,21 @@ def _do(work: _Work, unit: Any, parts: Any, key: str) -> str:
     from gp2vec import inference
 
     model, manager = _loaded(work)
+    nothing = "no stretch of it is long enough, alive and fast enough to be read"
     try:
         stream = _stream(unit)
         if work.verb == "embed":
             inference.embed(model, stream, lookup=manager, layer=work.option).write(parts.url(key))
         elif work.verb == "classify":
             limits = None if work.option is None else (work.option,) * len(model.config.phases)
-            inference.classify(model, stream, lookup=manager, thresholds=limits).write(parts.url(key))
+            picks = inference.classify(model, stream, lookup=manager, thresholds=limits)
+            if not picks.stretches:
+                return nothing
+            picks.write(parts.url(key))
         else:
             curves = inference.annotate(model, stream, lookup=manager)
             if not curves:
-                return "no stretch is long enough"
+                return nothing
             for trace in curves:  # miniSEED has room for three letters
                 trace.stats.channel = trace.stats.band + trace.stats.channel.removeprefix("GP2Vec_")[0]
             written = io.BytesIO()

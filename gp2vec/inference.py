@@ -37,6 +37,7 @@ from gp2vec.data.preprocessing import (
     Window,
     normalise_windows,
     prepare,
+    resampling_delay,
     segments,
     window_grid,
     windows,
@@ -385,10 +386,14 @@ def check_thresholds(
     "Least probabilities of a pick; another number of them is a ValueError."
     settings = check_picker(picker).config
     given = settings.thresholds if thresholds is None else thresholds
-    limits = (float(given),) * len(settings.phases) if isinstance(given, int | float) else tuple(map(float, given))
-    if len(limits) != len(settings.phases):
+    try:
+        limits = tuple(np.asarray(given, float).ravel().tolist())
+    except (TypeError, ValueError):
+        limits = ()
+    limits = limits * len(settings.phases) if np.ndim(given) == 0 else limits
+    if len(limits) != len(settings.phases) or not all(0 < limit <= 1 for limit in limits):
         raise ValueError(
-            f"expected one threshold, or one for each of {', '.join(settings.phases)}, got {limits}: give as many"
+            f"expected one threshold above 0 and up to 1, or one for each of {', '.join(settings.phases)}, got {given}"
         )
     return limits
 
@@ -421,7 +426,9 @@ def _read_through(
             silent = max(np.isnan(curves[0]).mean() * part.duration - 2 * blinding * config.window_length, 0.0)
             if silent > 1:
                 lost.append(Reject("flat", *codes, silent))
-            yield ready, curves
+            # Times are told without the delay of the resampler, which would set stations of different rates apart.
+            late = resampling_delay(ready.native_rate, rate, config.phase)
+            yield replace(ready, starttime=ready.starttime - round(late * 1e9)), curves
     finally:
         picker.train(training)
 
@@ -468,6 +475,7 @@ class Picks:
     )  # columns `PICK_TABLE`: time in UTC ns, probability from 0 to 1, half_width in s (NaN: not known)
     detections: pd.DataFrame  # columns `DETECTION_TABLE`: starttime and endtime in UTC ns
     rejects: dict[str, int] = field(default_factory=dict)  # reason (as of `REASONS`) -> stretches left out
+    stretches: int = 0  # that were read to find them; not kept in files
 
     def __len__(self) -> int:
         return len(self.table)
@@ -513,14 +521,15 @@ class Picks:
     @classmethod
     def join(
         cls,
-        parts: Iterable[Picks],  # one or more
+        parts: Iterable[Picks],  # any number
     ) -> Picks:  # all of them, in order of time
         "Several lists as one."
-        parts = list(parts)
+        parts = list(parts) or [picks_of()]
         rejects = sum((Counter(part.rejects) for part in parts), Counter())
         table = pd.concat([part.table for part in parts], ignore_index=True)
         detections = pd.concat([part.detections for part in parts], ignore_index=True)
-        return cls(_in_order(table, "time"), _in_order(detections, "starttime"), dict(rejects))
+        read = sum(part.stretches for part in parts)
+        return cls(_in_order(table, "time"), _in_order(detections, "starttime"), dict(rejects), read)
 
 # %% ../nbs/18_inference.ipynb #18-060
 def _as_file(picks: Picks, name: str) -> bytes:
@@ -647,11 +656,13 @@ def classify(
     picks: list[tuple] = []
     detections: list[tuple] = []
     lost: list[Reject] = []
+    read = 0
     for part, curves in _read_through(picker, stream, config, lookup, blinding, batch_size, lost):
         rows, runs = _found(picker, part, curves, thresholds)
         picks += rows
         detections += runs
-    return picks_of(picks, detections, _report(lost, f"{len(picks)} picks"))
+        read += bool(np.isfinite(curves).any())
+    return replace(picks_of(picks, detections, _report(lost, f"{len(picks)} picks")), stretches=read)
 
 # %% ../nbs/18_inference.ipynb #18-078
 def as_seisbench(
@@ -676,7 +687,7 @@ def as_seisbench(
         }
 
         def forward(self, x):
-            curves = self.picker.curves(x)
+            curves = self.picker.curves(x, x.abs().amax(-1) > 0)
             return torch.cat([curves[:, :-1], 1 - curves[:, -1:]], 1)
 
         def annotate_batch_post(self, batch, piggyback, argdict):

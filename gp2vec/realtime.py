@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from obspy.clients.seedlink.client.seedlinkconnection import SeedLinkConnection
 from obspy.clients.seedlink.seedlinkexception import SeedLinkException
 from obspy.clients.seedlink.slpacket import SLPacket
 
-from .data.preprocessing import PreprocessingConfig, Segment, prepare, read_miniseed, segments
+from .data.preprocessing import PreprocessingConfig, Segment, prepare, read_miniseed, resampling_delay, segments
 from .inference import Picks, anchored, check_picker, check_thresholds, picks_of, stitching_weights, window_curves
 from .train.picking import Picker, find_picks
 
 # %% auto #0
-__all__ = ['StreamingPicker', 'seedlink']
+__all__ = ['logger', 'StreamingPicker', 'seedlink']
 
 # %% ../nbs/20_realtime.ipynb #20-008
 @dataclass
@@ -65,6 +66,10 @@ class _Sums:
         self.first, self.curves, self.weight = self.first + gone, self.curves[:, gone:], self.weight[gone:]
 
 # %% ../nbs/20_realtime.ipynb #20-009
+logger = logging.getLogger(__name__)
+_AHEAD = 600.0  # s; a clock that jumps by more has to insist
+
+
 @dataclass
 class _Instrument:
     "What has come of one instrument and is still needed."
@@ -74,6 +79,25 @@ class _Instrument:
     sums: _Sums | None = None
     origin: tuple[int, int, float] = (0, 0, 1.0)  # number of a sample, its time in UTC ns, the rate in Hz
     told: dict[str, int] = field(default_factory=dict)  # phase -> UTC ns of its last pick
+    ahead: dict[str, Trace] = field(default_factory=dict)  # channel -> a packet that lies far ahead of all others
+
+    def take(self, packet: Trace) -> None:
+        "A packet; one that lies far ahead of all others is believed when the next of its channel goes on from it."
+        far = lambda t, end: t.stats.starttime.ns - end > _AHEAD * 1e9  # noqa: E731
+        newest = max((t.stats.endtime.ns for t in self.traces), default=packet.stats.endtime.ns)
+        if not far(packet, newest):
+            self.traces.append(packet)
+            return
+        held = self.ahead.get(packet.stats.channel)
+        if held is None or packet.stats.starttime <= held.stats.starttime or far(packet, held.stats.endtime.ns):
+            when = packet.stats.starttime
+            logger.warning("%s: a packet of %s is kept until others of that time come", packet.id, when)
+            self.ahead[packet.stats.channel] = packet
+            return
+        self.traces.append(packet)
+        for channel, t in list(self.ahead.items()):
+            if not far(t, packet.stats.endtime.ns):
+                self.traces.append(self.ahead.pop(channel))
 
     def time(self, number: float) -> int:
         "UTC ns of a sample."
@@ -141,7 +165,7 @@ class StreamingPicker:
         for trace in packet if isinstance(packet, Stream) else [packet]:
             codes = (trace.stats.network, trace.stats.station, trace.stats.location, trace.stats.channel[:2])
             changed[codes] = self.instruments.setdefault(codes, _Instrument())
-            changed[codes].traces.append(trace)
+            changed[codes].take(trace)
         rows = [row for codes, one in changed.items() for row in _advance(self, codes, one)]
         return picks_of(rows) if rows else self.nothing
 
@@ -191,7 +215,8 @@ def _read(
     picker, length, rows = stream.picker, stream.config.window_samples, []
     if one.sums is not None and starts[0] > one.sums.end:  # a gap: what lay before it is final
         rows += _settled(stream, codes, one, None)
-    one.origin = first, ready.starttime, ready.sampling_rate
+    late = resampling_delay(ready.native_rate, picker.sampling_rate, stream.config.phase)
+    one.origin = first, ready.starttime - round(late * 1e9), ready.sampling_rate
     if one.sums is None:
         begin = int(starts[0])
         one.sums = _Sums(

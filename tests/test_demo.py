@@ -22,7 +22,7 @@ def demo(tmp_path_factory):
     "A finished demo: its folder and what the command said."
     folder = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "gp2vec.cli", "demo", "--steps", str(STEPS), "--output", folder]
-    return folder, subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return folder, subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
 def test_status_tells_that_nothing_was_learned(demo):

@@ -149,7 +149,7 @@ def test_one_threshold_is_for_all_phases_and_a_model_is_no_picker(archive, picke
     for call in (annotate, classify, lambda model, stream: StreamingPicker(model)):
         with pytest.raises(ValueError, match="expected a Picker, got GP2Vec.*train_picker or gp2vec adapt"):
             call(picker.model, stream)
-    with pytest.raises(ValueError, match="one threshold, or one for each of P, S"):
+    with pytest.raises(ValueError, match="one threshold above 0 and up to 1, or one for each of P, S"):
         StreamingPicker(picker, thresholds=(0.1, 0.2, 0.3))
 
 
@@ -310,6 +310,73 @@ def test_seisbench_model_agrees(picker):
         n = min(len(x), len(y))
         assert np.corrcoef(x[:n], y[:n])[0, 1] > 0.9
     assert len(model.classify(stream).picks.to_dataframe()) > 0
+
+
+def test_seisbench_model_knows_what_is_missing(picker):
+    "Components that are absent or dead are told to the picker, as by `annotate`."
+    pytest.importorskip("seisbench", reason="seisbench is an extra")
+    model, x = as_seisbench(picker), torch.randn(2, 3, round(picker.config.window_length * picker.sampling_rate))
+    x[0, 1:] = 0
+    with torch.no_grad():
+        said, known = model(x)[:, :2], picker.curves(x, x.abs().amax(-1) > 0)[:, :2]
+        assert torch.equal(said, known) and not torch.allclose(known[0], picker.curves(x)[0, :2], atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [20.0, 40.0, 50.0, 200.0, 250.0])
+def test_stations_of_all_rates_tell_the_same_time(picker, rate, monkeypatch):
+    "Curves of one burst, recorded at several rates, lie over each other: the resampler's delay is taken off."
+
+    def loudness(self, waveforms, component_mask=None, log_scale=None):
+        power = waveforms[:, :1].square()
+        power = torch.nn.functional.avg_pool1d(power, 51, 1, 25)
+        return (power / power.amax(-1, keepdim=True)).expand(-1, 3, -1)
+
+    monkeypatch.setattr(Picker, "curves", loudness)
+
+    def middle(rate: float) -> float:
+        t = np.arange(0, 60, 1 / rate)
+        burst = 1e4 * np.exp(-(((t - 30) / 0.4) ** 2)) * np.cos(2 * np.pi * 5 * (t - 30)) + np.sin(12 * t)
+        header = {"network": "XX", "station": "A", "sampling_rate": rate, "starttime": obspy.UTCDateTime(2020, 1, 1)}
+        stream = obspy.Stream([obspy.Trace(burst, header | {"channel": f"HH{c}"}) for c in "ZNE"])
+        curve = annotate(picker, stream).select(channel="GP2Vec_P")[0]
+        seconds = curve.times() + (curve.stats.starttime - header["starttime"])
+        weight = np.where(np.abs(seconds - 30) < 3, curve.data, 0.0)
+        return float((seconds * weight).sum() / weight.sum())
+
+    assert middle(rate) == pytest.approx(middle(100.0), abs=0.01)
+
+
+@pytest.mark.parametrize("thresholds", [2, 0, -1, float("nan"), "high", (0.5,), (0.5, 1.5)])
+def test_thresholds_that_mean_nothing(archive, picker, thresholds):
+    with pytest.raises(ValueError, match="expected one threshold above 0 and up to 1"):
+        classify(picker, archive[1], thresholds=thresholds)
+
+
+def test_thresholds_of_numpy(archive, picker):
+    one, other = (classify(picker, archive[1], thresholds=t).table for t in (0.3, np.float32(0.3)))
+    assert abs(len(one) - len(other)) <= 1
+
+
+@pytest.mark.parametrize("verb", ["classify", "annotate"])
+def test_an_input_in_which_nothing_can_be_read_is_no_quiet_one(archive, verb, tmp_path, capsys):
+    "It is named, and the status says so."
+    folder, stream = archive
+    dead = stream.select(station="S01").copy()
+    for trace in dead:
+        trace.data = np.zeros(len(trace), np.int32)
+    (files := tmp_path / "files").mkdir()
+    dead.write(files / "dead.mseed", format="MSEED")
+    good = stream.select(station="S02").copy()
+    for trace in good:
+        trace.data = np.round(trace.data).astype(np.int32)
+    good.write(files / "good.mseed", format="MSEED")
+    output = tmp_path / ("out.csv" if verb == "classify" else "out.mseed")
+    assert cli.main([verb, str(folder / "picker"), str(files), "--output", str(output)]) == 1
+    assert "dead.mseed: no stretch of it" in capsys.readouterr().err and output.exists()
+
+
+def test_no_picks_at_all_are_joined():
+    assert len(Picks.join([])) == 0
 
 
 @pytest.mark.skipif(not os.environ.get("GP2VEC_DATA"), reason="GP2VEC_DATA names no folder of real recordings")

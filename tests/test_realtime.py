@@ -183,3 +183,36 @@ def test_picks_of_a_phase_keep_their_distance(picker, lost):
     for phase, mine in table.groupby("phase"):
         apart = np.diff(np.sort(mine.time.to_numpy())) / 1e9
         assert len(mine) > 20 and apart.min() >= picker.config.minimum_distance - 0.011, (phase, apart.min())
+
+
+@pytest.mark.parametrize("hours", (1, 24 * 365))
+@pytest.mark.parametrize("count", (1, 3))
+def test_a_packet_dated_ahead_deafens_nobody(picker, hours, count):
+    "One, or one of each component, with a wrong date: the picks are those without it."
+    stream = synthetic_network(SyntheticConfig(stations=1, events=3, duration=200.0)).stream
+    begin, tables = stream[0].stats.starttime, []
+    packets = [t.slice(begin + PACKET * k, begin + PACKET * (k + 1) - 0.01) for k in range(48) for t in stream]
+    for wrong in (False, True):
+        live, found = StreamingPicker(picker), []
+        for number, packet in enumerate(packets):
+            found.append(live.feed(packet).table)
+            if wrong and 60 <= number < 60 + count:
+                ahead = packet.copy()
+                ahead.stats.starttime += 3600 * hours
+                found.append(live.feed(ahead).table)
+        tables.append(pd.concat([*found, live.finish().table], ignore_index=True))
+    assert len(tables[0]) > 20 and tables[0].equals(tables[1])
+
+
+def test_behind_an_outage_of_an_hour_it_goes_on(picker):
+    "The packets themselves agree that it is later."
+    stream = synthetic_network(SyntheticConfig(stations=1, events=3, duration=200.0)).stream
+    begin, live, found = stream[0].stats.starttime, StreamingPicker(picker), []
+    for k in range(48):
+        for trace in stream:
+            packet = trace.slice(begin + PACKET * k, begin + PACKET * (k + 1) - 0.01)
+            packet.stats.starttime += 3600 * (k >= 24)
+            found.append(live.feed(packet).table)
+    table = pd.concat([*found, live.finish().table])
+    later = (table.time - begin.ns) / 1e9 - 3600
+    assert (later < -3500).sum() > 10 and ((later > 96) & (later < 192)).sum() > 10

@@ -27,8 +27,8 @@ from scipy import fft, signal
 # %% auto #0
 __all__ = ['MAX_SPAN', 'MIN_RATE', 'MAX_RATE', 'MAX_SAMPLES_PER_BYTE', 'REASONS', 'Lookup', 'MAX_FACTOR', 'Response', 'OUTPUTS',
            'PreprocessingConfig', 'Lost', 'Decoded', 'decode', 'read_miniseed', 'Flaw', 'Segment', 'Window', 'Reject',
-           'gap_share', 'segments', 'find_flaws', 'bandpass', 'resample', 'remove_response', 'rotation', 'prepare',
-           'Grid', 'window_grid', 'normalise_windows', 'windows']
+           'gap_share', 'segments', 'find_flaws', 'bandpass', 'resampling_delay', 'resample', 'remove_response',
+           'rotation', 'prepare', 'Grid', 'window_grid', 'normalise_windows', 'windows']
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-008
 @dataclass(frozen=True)
@@ -914,6 +914,21 @@ class _Polyphase:
         return signal.upfirdn(self.taps, joined, self.up, self.down)[:, skip : skip + count] + self.level
 
 # %% ../../nbs/03_data.preprocessing.ipynb #03-059
+@lru_cache(maxsize=64)
+def resampling_delay(
+    rate_in: float,  # Hz
+    rate_out: float,  # Hz
+    phase: str = "causal",  # as of `resample`
+    frequency: float = 5.0,  # Hz; up to half the lower Nyquist frequency it hardly matters
+) -> float:  # s
+    """How much later an onset lies behind the resampler; 0 where nothing is resampled, or with 'zero' phase."""
+    up, down = _ratio(rate_in, rate_out) or (1, 1)
+    if phase != "causal" or up == down:
+        return 0.0
+    late = signal.group_delay((_taps(up, down, "causal"), [1.0]), [frequency], fs=rate_in * up)[1]
+    return float(late[0]) / (rate_in * up)
+
+
 def resample(
     x: np.ndarray,  # samples, (rows, N), any unit
     rate_in: float,  # Hz

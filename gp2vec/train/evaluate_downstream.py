@@ -1035,6 +1035,12 @@ def run_evaluation(
     "Ask all questions of a config and write the answers."
     windows, onsets = read_data(folder, config, model.config.sampling_rate)
     possible, tables = possible_tasks(windows, onsets), {}
+    if not (config.tasks or possible):
+        records = f" of {len(onsets)} records" if onsets is not None else ""
+        raise ValueError(
+            f"{folder} holds {len(windows)} labelled windows{records}, and a task needs 40, ten or more of each class: "
+            "label more, or name the tasks that are to be asked in any case"
+        )
     for name in config.tasks or possible:
         if name != "picking" and name not in TASKS:
             raise ValueError(f"tasks are {', '.join(TASKS)} and picking, not {name!r}: name some of them")

@@ -68,6 +68,8 @@ class PickerConfig:
 
     def __post_init__(self):
         "Refuse phases without a threshold and values that mean nothing."
+        if tuple(self.phases) != ("P", "S"):
+            raise ValueError(f"a picker's phases are P and S, in this order, not {', '.join(map(str, self.phases))}")
         if len(self.thresholds) != len(self.phases):
             raise ValueError(
                 f"a picker needs a threshold for each of its phases {', '.join(self.phases)}, and has {self.thresholds}"
@@ -542,18 +544,25 @@ def calibrate(
     picker.config = config
     parts = [dev.crops(_length(dev, picker), seed=seed + k) for k in range(repeats)]
     windows = LabelledWindows.join(parts)
-    temperatures, scores = np.geomspace(0.4, 4, 25), []
     found = match_picks(find_candidates(picker, windows, 0.02), windows.table)
-    logit = np.log(found.probability.clip(1e-6, 1 - 1e-6)) - np.log1p(-found.probability.clip(1e-6, 1 - 1e-6))
-    right = found.residual.notna().to_numpy()
-    for temperature in temperatures:
-        p = 1 / (1 + np.exp(-logit / temperature))
-        scores.append(-np.where(right, np.log(p), np.log1p(-p)).mean())
-    best = float(temperatures[int(np.argmin(scores))])
-    picker.config = config = replace(config, temperature=best)
-    found = match_picks(find_candidates(picker, windows, 0.02), windows.table)
-    picker.config = _limits(config, found, windows.table)
+    picker.config = _calibrated(config, found, windows.table)
     return picker
+
+
+def _cooled(probability: pd.Series, temperature: float) -> pd.Series:
+    "Probabilities at a temperature, from those at 1."
+    p = probability.clip(1e-6, 1 - 1e-6)
+    return 1 / (1 + ((1 - p) / p) ** (1 / temperature))
+
+
+def _calibrated(config: PickerConfig, found: pd.DataFrame, table: pd.DataFrame) -> PickerConfig:
+    "Settings with the likeliest temperature of judged candidates, whose probabilities are those at 1, and its limits."
+    temperatures, right = np.geomspace(0.4, 4, 25), found.residual.notna()
+    truth = found.probability.where(right, 1 - found.probability)
+    scores = [np.log(_cooled(truth, t)).mean() for t in temperatures]
+    best = float(temperatures[int(np.argmax(scores))])
+    cooled = found.assign(probability=_cooled(found.probability, best))
+    return _limits(replace(config, temperature=best), cooled, table)
 
 
 def _limits(config: PickerConfig, found: pd.DataFrame, table: pd.DataFrame) -> PickerConfig:
@@ -774,12 +783,15 @@ def _f1_draws(found: pd.DataFrame, table: pd.DataFrame, phases, draws, tolerance
 
 # %% ../../nbs/16_train.picking.ipynb #16-066
 def _arm_picks(picker, tune: LabelledOnsets | None, windows: LabelledWindows, rows: np.ndarray) -> pd.DataFrame:
-    "Judged candidates of some windows, numbered as in all of them, with threshold and temperature of a picker."
+    "Judged candidates of some windows, numbered as in all of them, with the thresholds of a picker; `plain`: at 1."
     if tune is not None:
         calibrate(picker, tune, repeats=1)
-    some = windows.take(rows)
-    found = with_limits(picker, match_picks(find_candidates(picker, some), some.table))
-    return found.assign(window=rows[found.window.to_numpy()], temperature=picker.config.temperature)
+    some, config = windows.take(rows), picker.config
+    picker.config = replace(config, temperature=1.0)
+    found = match_picks(find_candidates(picker, some, 0.02), some.table)
+    picker.config = config
+    found = found.assign(plain=found.probability, probability=_cooled(found.probability, config.temperature))
+    return with_limits(picker, found).assign(window=rows[found.window.to_numpy()])
 
 
 def _cross_validate(
@@ -825,9 +837,8 @@ def adapt(
     curve = _gain_curve(found, windows.table, resamples, fit.seed)
     progress(f"all {events} events")
     picker = train_picker(model, onsets, None, config, fit)
-    last = found["adapted", counts[-1]]  # its probabilities are those of the folds' temperatures
-    picker.config = replace(picker.config, temperature=float(last.temperature.median()))
-    picker.config = _limits(picker.config, last, windows.table)
+    last = found["adapted", counts[-1]]  # of events that its pickers did not see
+    picker.config = _calibrated(picker.config, last.assign(probability=last.plain), windows.table)
     return Adaptation(picker, curve, _gain_verdict(curve))
 
 # %% ../../nbs/16_train.picking.ipynb #16-068
@@ -853,7 +864,8 @@ def _gain_verdict(curve: pd.DataFrame) -> str:
     span = f"F1 at 0.1 s {last.gain:+.2f}, 95 % interval {last.gain_low:+.2f} to {last.gain_high:+.2f}"
     if last.gain_low <= 0:
         how = "is worse than" if last.gain_high < 0 else "cannot be told from"
-        return f"Do not bother: with {last.events} events the picker {how} {before.arm} ({span})."
+        advice, more = ("Not yet", ": label more") if last.gain > 0.05 else ("Do not bother", "")
+        return f"{advice}: with {last.events} events the picker {how} {before.arm} ({span}){more}."
     slope = last.score - fewer.score
     more = "more labels would help" if slope > 0.03 else "more labels would help little"
     return f"Worth it: with {last.events} events the picker is better than {before.arm} ({span}); {more}."
