@@ -397,7 +397,7 @@ def check_thresholds(
         )
     return limits
 
-
+# %% ../nbs/18_inference.ipynb #18-180
 def _read_through(
     picker: Picker,
     stream: Stream | Trace,

@@ -402,6 +402,15 @@ def _renew(schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig)
     schedule.base_lrs = [config.lr for _ in decays]
 
 # %% ../../nbs/13_train.pretraining.ipynb #13-090
+def _steps_of(trainer: Any) -> int:
+    "Optimiser steps of the whole run."
+    epoch = trainer.datamodule.epoch_batches
+    if not math.isfinite(epoch):
+        return trainer.max_steps
+    steps = math.ceil(epoch / trainer.accumulate_grad_batches) * trainer.max_epochs
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+
+
 def _catch_up(trainer: Any, left: dict[str, Any] | None) -> None:
     "Do the validation that was due when a run was interrupted."
     loop = trainer.fit_loop.epoch_loop
@@ -426,12 +435,7 @@ class _Resumable(pl.LightningModule):
     @property
     def total_steps(self) -> int:
         "Optimiser steps of the whole run, however often it was interrupted."
-        trainer = cast(Any, self.trainer)
-        epoch = trainer.datamodule.epoch_batches
-        if not math.isfinite(epoch):
-            return trainer.max_steps
-        steps = math.ceil(epoch / trainer.accumulate_grad_batches) * trainer.max_epochs
-        return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+        return _steps_of(self.trainer)
 
     def _validation_due(self) -> bool:
         "Whether the step that was just done is followed by a validation that has not been."
@@ -461,11 +465,9 @@ class _Resumable(pl.LightningModule):
             self._left = checkpoint.get("left")
             saved = checkpoint.get("hyper_parameters", {})
             if self.trainer.state.fn == "fit" and self._left and "train" in saved:
-                self.validated, steps = self._left.get("validated", -1), self.total_steps
-                changed = _changes(
-                    {**self.hparams, "train": settings_to_dict(self.config), "steps": steps},
-                    saved | {"steps": self._left.get("steps", steps)},
-                )
+                self.validated = self._left.get("validated", -1)
+                now = {**self.hparams, "train": settings_to_dict(self.config), "steps": self.total_steps}
+                changed = _changes(now, saved | {"steps": self._left.get("steps", self.total_steps)})
                 if changed and self.trainer.is_global_zero:
                     logger.warning("goes on with other settings than it began with: %s", ", ".join(changed))
         elif "loops" in checkpoint and self.trainer.state.fn == "fit":

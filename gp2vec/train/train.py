@@ -246,8 +246,7 @@ class RunConfig:
         if "://" in self.output:
             scheme = self.output.partition("://")[0]
             raise ValueError(f"output is a folder, not {scheme}://…: checkpoints=s3://… puts those on S3")
-        scheme = self.checkpoints.partition(":")[0]
-        if ":" in self.checkpoints and len(scheme) > 1 and not self.checkpoints.startswith("s3://"):
+        if ":" in self.checkpoints[2:8] and not self.checkpoints.startswith("s3://"):
             raise ValueError(f"checkpoints is a folder or s3://…, not {self.checkpoints}")
         if self.model.context_encoder.layer_drop and self.train.trainer.strategy == "fsdp2":
             raise ValueError("with train.trainer.strategy=fsdp2 all processes run all layers: set layer_drop to 0")
@@ -255,7 +254,7 @@ class RunConfig:
         layers = self.model.context_encoder.num_layers
         if self.train.probe_layer > layers:
             raise ValueError(
-                f"train.probe_layer is from 0 to {layers}, the layers of the model, not {self.train.probe_layer}"
+                f"train.probe_layer is from 0 to {layers}, the model's layers, not {self.train.probe_layer}"
             )
         if self.model.quantizer.codebook_size <= MIN_PERPLEXITY:
             raise ValueError(
@@ -263,9 +262,7 @@ class RunConfig:
                 f"stopped, not {self.model.quantizer.codebook_size}"
             )
         if self.train.ema_decay and self.train.trainer.strategy == "deepspeed":
-            raise ValueError(
-                "train.ema_decay is 0 with strategy=deepspeed, which keeps no average: take strategy=fsdp2"
-            )
+            raise ValueError("train.ema_decay is 0 with strategy=deepspeed, which keeps no average: take fsdp2")
 
     def _check_windows(self):
         "Windows and model fit."
