@@ -58,7 +58,8 @@ console = Console()
 @contextmanager
 def _telling() -> Iterator[Callable[[str], None]]:
     "What is going on, in a line that goes when it is done, and in the log."
-    with Progress("{task.description}", console=Console(stderr=True), disable=console.quiet, transient=True) as bar:
+    silent, where = console.quiet or not sys.stderr.isatty(), Console(stderr=True)
+    with Progress("{task.description}", console=where, disable=silent, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def say(line: str) -> None:

@@ -722,7 +722,7 @@ class Familiar:
     @classmethod
     def fit(
         cls,
-        embeddings: Embeddings,  # of good windows, some hundreds at least, of one model and layer
+        embeddings: Embeddings,  # of good windows, some hundreds at least, of one model and layer (0 tells most)
         alarm: float = 0.01,  # share of windows like them that will be flagged
         seed: int = 0,  # of the half that sets the limit
     ) -> Familiar:  # the measure

@@ -18,8 +18,8 @@ import torch
 from gp2vec import cli
 from gp2vec.data.archive import Store, write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
-from gp2vec.data.preprocessing import read_miniseed
-from gp2vec.inference import Embeddings, Picks, annotate, as_seisbench, classify, embed
+from gp2vec.data.preprocessing import PreprocessingConfig, read_miniseed
+from gp2vec.inference import Embeddings, Familiar, Picks, annotate, as_seisbench, classify, embed
 from gp2vec.models.encoder import ConvLayer, EncoderConfig
 from gp2vec.models.gp2vec import GP2Vec, GP2VecConfig
 from gp2vec.models.transformer import ContextConfig
@@ -377,6 +377,40 @@ def test_an_input_in_which_nothing_can_be_read_is_no_quiet_one(archive, verb, tm
 
 def test_no_picks_at_all_are_joined():
     assert len(Picks.join([])) == 0
+
+
+@pytest.mark.skipif(not os.environ.get("GP2VEC_DATA"), reason="GP2VEC_DATA names no folder of real recordings")
+@pytest.mark.parametrize("layer", [0, None])
+def test_bad_records_are_not_familiar(layer):
+    "Vectors before the context network tell all of these from good records; those of its last layer tell few."
+    root = Path(os.environ["GP2VEC_DATA"], "buckets/scedc-pds/continuous_waveforms/2019/2019_185")
+    model, tens = GP2Vec.from_pretrained("gp2vec-tiny"), PreprocessingConfig(window_length=10.0)
+
+    def record(station: str, seconds: float, band: str = "HH") -> obspy.Stream:
+        stream = obspy.Stream()
+        for component in "ZNE":
+            stream += obspy.read(root / f"{'CI' + station:_<7}{band}{component}___2019185.ms")
+        return stream.trim(stream[0].stats.starttime, stream[0].stats.starttime + seconds)
+
+    names = {"SLA": "HH", "WBM": "HH", "MPM": "HH", "CCC": "HH", "WNM": "HN"}
+    parts = [embed(model, record(name, 2400, band), tens, layer=layer) for name, band in names.items()]
+    familiar, good = Familiar.fit(Embeddings.join(parts)), record("SLA", 300)
+    samples = len(good[0])
+    t, rng, loud = np.arange(samples) / 100, np.random.default_rng(0), 20 * good[0].data[:30000].std()
+    bad = {f"{hz} Hz": lambda x, hz=hz: 1000 * np.sin(2 * np.pi * hz * t) for hz in (5, 16.7, 30)}
+    bad["hum"] = lambda x: x + loud * np.sin(2 * np.pi * 16.7 * t)
+    bad["slow"] = lambda x: np.interp(np.arange(samples) / 4, np.arange(samples), x)
+    flagged = {"unseen": familiar.flag(embed(model, record("LRL", 600), tens, layer=layer)).unusual.mean()}
+    for name, spoil in bad.items():
+        spoiled = good.copy()
+        for trace in spoiled:
+            trace.data = np.round(spoil(trace.data) + 3 * rng.normal(size=samples)).astype(np.int32)
+        flagged[name] = familiar.flag(embed(model, spoiled, tens, layer=layer)).unusual.mean()
+    assert flagged["unseen"] < 0.2
+    if layer == 0:
+        assert all(flagged[name] > 0.99 for name in bad), flagged
+    else:  # as notebook 18 says of the last one
+        assert all(flagged[name] < 0.1 for name in ("16.7 Hz", "30 Hz", "hum", "slow")), flagged
 
 
 @pytest.mark.skipif(not os.environ.get("GP2VEC_DATA"), reason="GP2VEC_DATA names no folder of real recordings")

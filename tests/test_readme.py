@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 import pytest
 from project import ROOT
+from scipy.stats import t
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = "python -m pip install -U pip && pip install -c constraints.txt -e . && gp2vec demo"
@@ -162,3 +163,17 @@ def test_results_are_those_of_the_published_tables(page):
         for arm, value in zip(("gp2vec", "random initialisation", "handcrafted"), values, strict=True):
             row = rows.loc[arm]
             assert value == f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})", (question, labels, arm)
+
+
+@pytest.mark.parametrize("page", ("README.md", "gp2vec/zoo/gp2vec-tiny/README.md"))
+def test_gains_over_draws_are_those_of_the_file(page):
+    "Mean and 95 % interval over ten draws of labels and untrained twins."
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    told = dict(re.findall(r"(\+0\.\d{3} ± 0\.\d{3}) with (four|five|nine)", text))
+    draws = pd.read_csv(ROOT / "benchmarks" / "published" / "draws.csv").groupby("share")
+    found = {}
+    for word, (_, group) in zip(("four", "five", "nine"), draws, strict=True):
+        gain = group.gp2vec - group.untrained
+        assert len(gain) == 10
+        found[word] = f"{gain.mean():+.3f} ± {t.ppf(0.975, 9) * gain.std() / 10**0.5:.3f}"
+    assert len(told) >= 2 and all(found[word] == gain for gain, word in told.items())

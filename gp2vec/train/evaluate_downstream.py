@@ -472,11 +472,11 @@ def _tell(protocol: str, arm, waveforms, answer, beside, target, folds, config, 
         few = _fewer(train, answer, fraction, rng)
         used.append(len(few))
         if isinstance(arm, GP2Vec):
-            net = fit_windows(arm, waveforms[few], target[few], protocol, config.layer, replace(config.fit, seed=seed))
-            told[test] = tell_windows(net, waveforms[test])
-            if beside.shape[1]:  # what all arms are given, joined to what this one says
-                said = np.column_stack([tell_windows(net, waveforms[few]), beside[few]])
-                told[test] = _linear(said, target[few], np.column_stack([told[test], beside[test]]))
+            # What all arms are given answers first, and the waveforms say what it leaves open.
+            first = _linear(beside[few], target[few], beside) if beside.shape[1] else np.zeros_like(target)
+            fit = replace(config.fit, seed=seed)
+            net = fit_windows(arm, waveforms[few], (target - first)[few], protocol, config.layer, fit)
+            told[test] = first[test] + tell_windows(net, waveforms[test])
         elif arm is None:
             told[test] = target[few].mean(0)
         else:

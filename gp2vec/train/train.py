@@ -244,8 +244,7 @@ class RunConfig:
     def __post_init__(self):
         "Refuse what does not fit together."
         if "://" in self.output:
-            scheme = self.output.partition("://")[0]
-            raise ValueError(f"output is a folder, not {scheme}://…: checkpoints=s3://… puts those on S3")
+            raise ValueError(f"output is a folder, not {self.output}: checkpoints=s3://… puts those on S3")
         if ":" in self.checkpoints[2:8] and not self.checkpoints.startswith("s3://"):
             raise ValueError(f"checkpoints is a folder or s3://…, not {self.checkpoints}")
         if self.model.context_encoder.layer_drop and self.train.trainer.strategy == "fsdp2":
@@ -797,6 +796,22 @@ def _not_begun() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _one_place(place: Checkpoints, trainer: Any) -> None:
+    "Refuse to begin where processes see different checkpoints."
+    folder = None if place.store.s3 else Path(place.store.path(""))
+    if folder and trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+    trainer.strategy.barrier()
+    last = "absent" if folder and not folder.exists() else f"step {max(place.steps(), default=0)}"
+    seen = [""] * trainer.world_size
+    torch.distributed.all_gather_object(seen, f"{place.store.url('')} ({last})")
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"the processes see different checkpoints, {', '.join(sorted(set(seen)))}: output, or checkpoints, is one "
+            "place that all of them share"
+        )
+
+# %% ../../nbs/15_train.train.ipynb #15-142
 class Saving(pl.callbacks.Checkpoint):
     "Saves every so many steps, when a run ends, and when the process is told to stop."
 
@@ -809,21 +824,8 @@ class Saving(pl.callbacks.Checkpoint):
 
     def setup(self, trainer, pl_module, stage):
         "All processes must mean one and the same run, wherever they are."
-        if stage != "fit" or trainer.world_size == 1:
-            return
-        folder = None if self.place.store.s3 else Path(self.place.store.path(""))
-        if folder and trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-        trainer.strategy.barrier()
-        steps, seen = self.place.steps(), [""] * trainer.world_size
-        last = "absent" if folder and not folder.exists() else f"step {max(steps, default=0)}"
-        mine = f"{self.place.store.url('')} ({last})"
-        torch.distributed.all_gather_object(seen, mine)
-        if len(set(seen)) > 1:
-            raise ValueError(
-                f"the processes see different checkpoints, {', '.join(sorted(set(seen)))}: output, or checkpoints, is "
-                "one place that all of them share"
-            )
+        if stage == "fit" and trainer.world_size > 1:
+            _one_place(self.place, trainer)
 
     def on_train_start(self, trainer, pl_module):
         "Listen; the trainer takes its own handlers away again when it is done, and with them these."
