@@ -23,6 +23,8 @@ def nearest(
 ) -> pd.DataFrame:  # rows of the table, best first, with `similarity` from -1 to 1; the index is the row
     "Find the windows that are most like one, by exact cosine search."
     vectors = embeddings.vectors
+    if isinstance(query, int | np.integer) and not -len(vectors) <= query < len(vectors):
+        raise ValueError(f"a query is a row number below {len(vectors)}, or a vector, not {query}")
     q = vectors[query] if isinstance(query, int | np.integer) else np.asarray(query)
     if q.shape != vectors.shape[1:]:
         raise ValueError(
@@ -57,7 +59,10 @@ class Index:
         threshold: float = -1.0,  # least similarity
     ) -> list[pd.DataFrame]:  # for each query rows of the table, best first, with `similarity`; the index is the row
         "The windows most like each query, one per event."
-        queries = np.atleast_2d(queries) - self.mean
+        queries = np.atleast_2d(queries)
+        if queries.shape[1:] != self.mean.shape or not np.isfinite(queries).all():
+            raise ValueError(f"queries are vectors of {len(self.mean)} finite numbers, not {queries.shape} of any")
+        queries = queries - self.mean
         wide = min(len(self.embeddings), max(20 * k, 200))
         while True:
             distances, rows = self.neighbours.kneighbors(queries, wide)

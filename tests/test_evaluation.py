@@ -36,6 +36,7 @@ from gp2vec.train.picking import (
     Picker,
     PickerConfig,
     StaLta,
+    _calibrated,
     _conformal,
     _event_folds,
     calibrate,
@@ -399,6 +400,50 @@ def test_classes_may_be_named_or_counted(onsets):
     assert evaluator.evaluate("polarity", *arrays(p, even)).classes[0] == f"{even.sum()} up, {(~even).sum()} down"
 
 
+def test_metadata_may_be_a_table_with_any_index(onsets):
+    "Rows go with windows by their order."
+    windows, evaluator = onsets.windows(8.0), DownstreamEvaluator(untrained(SMALL), QUICK)
+    plain, known = arrays(windows, windows.table.label), pd.DataFrame(arrays(windows, [])[2])
+    known.index = np.random.default_rng(0).permutation(len(known)) + 7
+    labels = pd.Series(windows.table.label.to_numpy(), known.index)
+    found = evaluator.evaluate("phase", windows.waveforms, labels, known)
+    pd.testing.assert_frame_equal(found, evaluator.evaluate("phase", *plain))
+
+
+def test_what_means_nothing_is_refused(onsets, model, tmp_path):
+    "In one sentence each."
+    with pytest.raises(ValueError, match="gains of protocol all .* add linear"):
+        evaluate(untrained(SMALL), onsets.windows(8.0), "phase", replace(QUICK, protocols=("all",)))
+    with pytest.raises(ValueError, match="fit.steps"):
+        FitConfig(steps=0)
+    for phases in (("S", "P"), ("P",), ("Pg", "Sg")):
+        with pytest.raises(ValueError, match="phases are P and S"):
+            PickerConfig(phases=phases, thresholds=(0.5,) * len(phases))
+
+
+def test_too_few_labels_are_no_answer(files, model, tmp_path):
+    "It says what there is and what a task needs."
+    table = pd.read_csv(files / "picks.csv")
+    table.head(6).to_csv(files / "six.csv", index=False)
+    done = run("evaluate", model, files / "six.csv", "--settings", "quick", "--output", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "of 6 records, and a task needs 40" in " ".join(done.stderr.split())
+
+
+def test_heads_learn_what_the_size_leaves_open():
+    "What the logarithm of the scale tells is told, though a head may know its windows by heart."
+    rng = np.random.default_rng(0)
+    count, size = 60, rng.normal(size=60)
+    waveforms = rng.normal(size=(count, 3, 400)).astype(np.float32)
+    table = pd.DataFrame(
+        {"event_id": range(count), "network": "XX", "station": [f"S{i % 12:02d}" for i in range(count)]}
+    )
+    table = table.assign(label="P", log_scale=size, magnitude=2 * size + rng.normal(0, 0.5, count))
+    config = replace(QUICK, protocols=("attentive",), fit=FitConfig(steps=400, batch_size=16), layer=0)
+    found = evaluate(untrained(SMALL), LabelledWindows(waveforms, table, 100.0), "magnitude", config)
+    assert found[(found.arm == "gp2vec") & (found.metric == "R2")].value.item() > 0.8
+
+
 def test_a_question_with_one_answer_is_refused(onsets):
     "In place of NaN, or of a perfect score for every arm."
     windows, evaluator = onsets.windows(8.0), DownstreamEvaluator(untrained(SMALL), QUICK)
@@ -476,6 +521,19 @@ def test_arms_that_would_be_told_the_same_are_left_out_and_pages_say_what_was_to
 
 
 # Pickers
+
+
+@pytest.mark.parametrize("right", (0.5, 0.75, 0.95))
+def test_probabilities_are_shares_of_right_picks(right):
+    "The temperature is that at which candidates said to be right with 95 % are as often right as they are."
+    rng = np.random.default_rng(0)
+    count = 4000
+    found = pd.DataFrame({"window": range(count), "phase": "P", "probability": 0.95, "event_id": range(count)})
+    found = found.assign(network="XX", station="A", residual=np.where(rng.random(count) < right, 0.01, np.nan))
+    table = pd.DataFrame({"P": np.ones(count), "S": np.full(count, np.nan)})
+    config = _calibrated(PickerConfig(), found, table)
+    said = 1 / (1 + (0.05 / 0.95) ** (1 / config.temperature))
+    assert abs(said - max(right, 1 / (1 + (0.05 / 0.95) ** 0.25))) < 0.03
 
 
 def test_half_widths_are_the_order_statistic_of_the_errors():

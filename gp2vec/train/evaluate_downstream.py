@@ -574,6 +574,8 @@ def evaluate(
     for protocol in config.protocols:
         if protocol not in PROTOCOLS and protocol not in DEEP:
             raise ValueError(f"protocols are {', '.join((*PROTOCOLS, *DEEP))}, not {protocol!r}: name one of them")
+    if "all" in config.protocols and "linear" not in config.protocols:
+        raise ValueError("the gains of protocol all are over the linear probe of the untrained twin: add linear")
     subset, answer = task.select(windows)
     _at_least_two(task, answer)
     table, split = split_names(subset.table)
@@ -1076,7 +1078,7 @@ def _asked(
 def as_windows(
     waveforms: Any,  # tensor or array, (n, 3, N), any unit, at the model's sampling rate
     labels: Sequence[str],  # one per window
-    metadata: Mapping[str, Any] | None,  # field -> one value per window
+    metadata: Mapping[str, Any] | pd.DataFrame | None,  # field -> one value per window
     sampling_rate: float,  # Hz
     **columns: Any,  # further columns of the table, one value per window
 ) -> LabelledWindows:  # normalised, with what was known in the table
@@ -1085,9 +1087,10 @@ def as_windows(
     if x.ndim != 3 or x.shape[1] != 3:
         raise ValueError(f"waveforms are (windows, 3 components, samples), not {tuple(x.shape)}: stack them so")
     fields: dict[str, Any] = {"event_id": [None] * len(x), "network": [""] * len(x)}
-    fields |= dict(metadata or {}) | {"label": list(labels)} | columns
+    fields |= ({} if metadata is None else dict(metadata)) | {"label": list(labels)} | columns
     for name, values in fields.items():
-        fields[name] = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+        plain = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+        fields[name] = np.asarray(plain) if hasattr(plain, "__array__") else plain  # whatever index it came with
         if np.ndim(fields[name]) != 1 or len(fields[name]) != len(x):
             raise ValueError(f"{name} has one value per window, ({len(x)},), not {np.shape(fields[name])}: make it so")
     normal, log_scale = normalise(x)
@@ -1129,7 +1132,8 @@ def _as_onsets(waveforms: Any, places: Any, metadata: Mapping[str, Any] | None, 
             f"picking wants waveforms (n, 3, N) and samples of P and S (n, 2), not {x.shape} and {at.shape}"
         )
     own = dict.fromkeys(("event_id", "station"), [None] * len(x)) | {"network": "", "time": 0}
-    table = pd.DataFrame(own | dict(metadata or {}) | {"P": at[:, 0], "S": at[:, 1]})
+    told = {} if metadata is None else {name: np.asarray(values) for name, values in dict(metadata).items()}
+    table = pd.DataFrame(own | told | {"P": at[:, 0], "S": at[:, 1]})
     records = [
         Segment(str(r.network), str(r.station), "", "", int(r.time), rate, w, (w != 0).any(1))
         for w, r in zip(x, table.itertuples(), strict=True)

@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..models.encoder import FrameConv, frame_geometry
+from ..models.encoder import FrameConv, at_least, frame_geometry
 from gp2vec.models.gp2vec import (
     GP2Vec,
     GP2VecConfig,
@@ -364,6 +364,10 @@ class FitConfig:
     sigma: float = 0.1  # width of the bump around an onset, s
     noise_share: float = 0.15  # windows without an onset
     seed: int = 0  # of crops and of the head
+
+    def __post_init__(self):
+        "Refuse budgets of nothing."
+        at_least("fit", self, steps=1, batch_size=1, rank=1)
 
 # %% ../../nbs/16_train.picking.ipynb #16-033
 def fit_picker(
