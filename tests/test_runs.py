@@ -91,6 +91,16 @@ def test_memory_can_be_saved_half_way(data, tmp_path):
     assert "goes on after step 2" in log.read_text()
 
 
+def test_a_run_whose_checkpoints_are_all_corrupt(data, tmp_path):
+    "To go on is not offered, since the same command would end alike."
+    run, log = tmp_path / "run", tmp_path / "log"
+    ran(settings(data, run, 2), log)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"rotten")
+    text = ran(settings(data, run, 4), log, 2)
+    assert "none of 1 checkpoints verifies" in text and "the same command goes on" not in text
+
+
 def test_ground_motion_and_probe(data, tmp_path):
     "Windows in m/s beside a probe whose labels have no responses."
     more = ("train.probe_every=2", "data.processing.output=VEL", "data.processing.pre_filt=[0.5,1,8,9.5]")

@@ -27,7 +27,7 @@ from ..data.archive import Store
 from ..models.gp2vec import GP2Vec, GP2VecConfig
 
 # %% auto #0
-__all__ = ['Checkpoints', 'VerifiedCheckpointIO', 'export_checkpoint']
+__all__ = ['AllCorrupt', 'Checkpoints', 'VerifiedCheckpointIO', 'export_checkpoint']
 
 # %% ../../nbs/12_train.checkpoints.ipynb #12-011
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype}
@@ -251,6 +251,10 @@ def _name(step: int) -> str:
     return f"step={step:09d}.ckpt"
 
 # %% ../../nbs/12_train.checkpoints.ipynb #12-021
+class AllCorrupt(OSError):
+    "Raised where there are checkpoints and none of them verifies."
+
+
 class Checkpoints:
     "The checkpoints of one run, in a folder or on S3: whole or not at all, verified, the last good one never touched."
 
@@ -314,7 +318,8 @@ class Checkpoints:
             except (_Corrupt, FileNotFoundError) as error:
                 _logger.warning("%s; the one before it is used", error)
         if candidates:
-            raise OSError(f"{self.store.url('')}: none of {len(candidates)} checkpoints verifies; give a copy of them")
+            said = f"{self.store.url('')}: none of {len(candidates)} checkpoints verifies"
+            raise AllCorrupt(f"{said}: put a copy of one there, or remove them to begin anew")
         return None
 
 # %% ../../nbs/12_train.checkpoints.ipynb #12-032

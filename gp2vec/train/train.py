@@ -56,7 +56,7 @@ from gp2vec.train.callbacks import (
     Throughput,
     complaints,
 )
-from .checkpoints import Checkpoints, VerifiedCheckpointIO
+from .checkpoints import AllCorrupt, Checkpoints, VerifiedCheckpointIO
 from gp2vec.train.pretraining import (
     OptimizerConfig,  # noqa: F401  the documentation of what inherits from `TrainConfig` reads it
     Pretraining,
@@ -1131,7 +1131,7 @@ def main(
         keep = pl.callbacks.LambdaCallback(on_train_start=lambda *_: _keep(composed, config.output))
         with _not_begun():
             metrics, wrong = run(config, [keep] if _first() and not config.train.trainer.fast_dev_run else [])
-    except (ValueError, FileNotFoundError, CollapsedCodes, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, AllCorrupt, CollapsedCodes, FloatingPointError) as error:
         print(f"gp2vec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
