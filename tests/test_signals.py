@@ -173,8 +173,23 @@ def test_told_to_stop_just_before_the_first_step(data, tmp_path, name):
     asked = settings(data, run, 4)
     pid = begin(asked, log, before=lambda: setattr(callbacks.CollapseAlarm, "on_train_start", be_told))
     assert end(pid, 30) == 75, log.read_text()[-3000:]
-    assert f"told to stop by {name} before the first step" in log.read_text() and last(run) is None
+    assert f"told to stop by {name} while no step is under way" in log.read_text() and last(run) is None
     assert end(begin(asked, log)) == 0 and rows(run) == [0, 1, 2, 3], log.read_text()[-3000:]
+
+
+def test_told_to_stop_in_the_closing_validation(data, tmp_path):
+    "All is saved, and the same command validates anew."
+    run, log, look = tmp_path / "run", tmp_path / "log", Pretraining.validation_step
+
+    def be_told(self, batch, batch_idx):
+        if self.trainer.state.fn == "validate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(self, batch, batch_idx)
+
+    asked = settings(data, run, 4)
+    assert end(begin(asked, log, before=lambda: setattr(Pretraining, "validation_step", be_told)), 30) == 75
+    assert last(run) == 4 and "the same command goes on" in log.read_text()
+    assert end(begin(asked, log)) == 0, log.read_text()[-3000:]
 
 
 def test_asked_at_the_keyboard(data, tmp_path):

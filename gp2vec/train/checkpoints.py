@@ -27,7 +27,7 @@ from ..data.archive import Store
 from ..models.gp2vec import GP2Vec, GP2VecConfig
 
 # %% auto #0
-__all__ = ['AllCorrupt', 'Checkpoints', 'VerifiedCheckpointIO', 'export_checkpoint']
+__all__ = ['Checkpoints', 'VerifiedCheckpointIO', 'export_checkpoint']
 
 # %% ../../nbs/12_train.checkpoints.ipynb #12-011
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype}
@@ -132,6 +132,10 @@ _LITTER = re.compile(r"\.(step=\d{9,}\.ckpt(\.sha256)?|last\.json)\.[0-9a-f]{32}
 
 class _Corrupt(OSError):
     "A checkpoint that is not what was saved."
+
+
+class AllCorrupt(OSError):
+    "There are checkpoints, and none of them verifies."
 
 
 def _read(store: Store, name: str) -> bytes:
@@ -251,10 +255,6 @@ def _name(step: int) -> str:
     return f"step={step:09d}.ckpt"
 
 # %% ../../nbs/12_train.checkpoints.ipynb #12-021
-class AllCorrupt(OSError):
-    "Raised where there are checkpoints and none of them verifies."
-
-
 class Checkpoints:
     "The checkpoints of one run, in a folder or on S3: whole or not at all, verified, the last good one never touched."
 

@@ -778,14 +778,15 @@ def _stops() -> list[signal.Signals]:
 
 
 @contextmanager
-def _not_begun() -> Iterator[None]:
-    "Who is told to stop before the first step has nothing to save, and says that it wants to begin again."
+def _between_steps() -> Iterator[None]:
+    "Who is told to stop before the first step, or behind the last, has nothing to save, and ends as one that goes on."
 
     def leave(number, frame):
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        told = f"told to stop by {signal.Signals(number).name} before the first step"
-        print(f"gp2vec: {told}: the same command begins again", file=sys.stderr)
+        if _first():
+            told = f"told to stop by {signal.Signals(number).name} while no step is under way"
+            print(f"gp2vec: {told}: the same command goes on", file=sys.stderr)
         raise SystemExit(AGAIN)
 
     before = {number: signal.signal(number, leave) for number in _stops()}
@@ -1129,7 +1130,7 @@ def main(
         logging.getLogger("gp2vec").setLevel(logging.INFO)
         # The settings of a run that was refused, or was complete, do not take the place of its own.
         keep = pl.callbacks.LambdaCallback(on_train_start=lambda *_: _keep(composed, config.output))
-        with _not_begun():
+        with _between_steps():
             metrics, wrong = run(config, [keep] if _first() and not config.train.trainer.fast_dev_run else [])
     except (ValueError, FileNotFoundError, AllCorrupt, CollapsedCodes, FloatingPointError) as error:
         print(f"gp2vec: {' '.join(str(error).split())}", file=sys.stderr)
