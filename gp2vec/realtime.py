@@ -23,7 +23,7 @@ from .inference import Picks, anchored, check_picker, check_thresholds, picks_of
 from .train.picking import Picker, find_picks
 
 # %% auto #0
-__all__ = ['logger', 'StreamingPicker', 'seedlink']
+__all__ = ['StreamingPicker', 'seedlink']
 
 # %% ../nbs/20_realtime.ipynb #20-008
 @dataclass
@@ -66,7 +66,7 @@ class _Sums:
         self.first, self.curves, self.weight = self.first + gone, self.curves[:, gone:], self.weight[gone:]
 
 # %% ../nbs/20_realtime.ipynb #20-009
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _AHEAD = 600.0  # s; a clock that jumps by more has to insist
 
 
@@ -91,7 +91,7 @@ class _Instrument:
         held = self.ahead.get(packet.stats.channel)
         if held is None or packet.stats.starttime <= held.stats.starttime or far(packet, held.stats.endtime.ns):
             when = packet.stats.starttime
-            logger.warning("%s: a packet of %s is kept until others of that time come", packet.id, when)
+            _logger.warning("%s: a packet of %s is kept until others of that time come", packet.id, when)
             self.ahead[packet.stats.channel] = packet
             return
         self.traces.append(packet)

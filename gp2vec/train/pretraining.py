@@ -997,6 +997,6 @@ def strategy_of(
 ) -> str | Strategy:  # as the trainer takes it
     "How the work is split; processes that wait in vain for another give up after ten minutes, not after thirty."
     patient: dict[str, Any] = {"ddp": DDPStrategy, "fsdp2": FullySharded}
-    if name == "auto" and processes > 1:
+    if name == "auto" and processes > 1 and not hasattr(sys, "ps1"):  # in a notebook Lightning takes another
         name = "ddp"
     return patient[name](timeout=_PATIENCE) if name in patient else name

@@ -931,7 +931,8 @@ def build_trainer(
     "A Lightning trainer with everything that watches a run."
     shown = sys.stdout.isatty() if progress is None else progress
     every = train.validate_every or max(train.max_steps, 0)
-    devices = max(torch.cuda.device_count(), 1) if trainer.devices == "auto" else int(trainer.devices)
+    gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu") else 0
+    devices = max(gpus, 1) if trainer.devices == "auto" else int(trainer.devices)
     precision = working_precision(trainer)
     if precision == "32-true" != trainer.precision:
         _logger.info("computes in float32: this processor has no instructions for half precision")
