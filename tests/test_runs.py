@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pandas as pd
 import pytest
@@ -148,8 +149,11 @@ def test_numbers_from_the_environment(monkeypatch):
     assert config.train.trainer.num_nodes == 2
 
 
-def test_patience():
-    "Ten minutes for a process that is gone, also where nobody named a strategy."
+def test_patience(monkeypatch):
+    "Ten minutes for a process that is gone, also where nobody named a strategy; a notebook is Lightning's affair."
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert strategy_of("auto", 2) == "auto"
+    monkeypatch.delattr(sys, "ps1")
     for name in ("auto", "ddp", "fsdp2"):
         assert strategy_of(name, 2)._timeout.total_seconds() == 600
     assert strategy_of("auto", 1) == "auto"
