@@ -7,12 +7,11 @@ labels and the untrained twin. `draws.csv` has a row per seed and share of the l
 of the published tables are over events, with four such draws as they are; those printed here are over draws.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
+from measure import published
 from scipy.stats import t
 
 from gp2vec.models.gp2vec import GP2Vec
@@ -22,11 +21,7 @@ ARMS = {"gp2vec": "gp2vec", CONTROL: "untrained", "handcrafted": "handcrafted"}
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("data", type=Path, help="folder with picks.csv")
-    options.add_argument("--model", default="gp2vec-tiny")
-    options.add_argument("--output", type=Path, default=Path(__file__).parent / "published")
-    args = options.parse_args()
+    args = published(__doc__)
     torch.set_num_threads(1)
     model, config = GP2Vec.from_pretrained(args.model).eval(), EvaluationConfig.read("published")
     config = replace(config, protocols=("linear",), fractions=(0.01, 0.05, 0.1), resamples=1)

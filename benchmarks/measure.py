@@ -26,6 +26,15 @@ def cpu_time() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
+def published(about: str | None) -> argparse.Namespace:
+    "What the scripts behind the published tables are asked: labels, model, and where their tables go."
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("data", type=Path, help="folder with picks.csv")
+    options.add_argument("--model", default="gp2vec-tiny")
+    options.add_argument("--output", type=Path, default=Path(__file__).parent / "published")
+    return options.parse_args()
+
+
 def machine() -> str:
     "The processor, what it has for products, the cores, the memory and the Python of this machine."
     lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]

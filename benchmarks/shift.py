@@ -8,13 +8,12 @@ and with curves averaged over windows moved by parts of a frame (`shifts`), besi
 share of right picks whose onset lies in the interval that promises 90 %, by phase and signal-to-noise ratio.
 """
 
-import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
+from measure import published
 
 from gp2vec.models.gp2vec import GP2Vec
 from gp2vec.train.evaluate_downstream import PICKING_ARMS, EvaluationConfig
@@ -25,11 +24,7 @@ PICKERS = {"gp2vec": (1, 2, 4, 8), "PhaseNet from scratch": (1,), "STA/LTA": (1,
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("data", type=Path, help="folder with picks.csv")
-    options.add_argument("--model", default="gp2vec-tiny")
-    options.add_argument("--output", type=Path, default=Path(__file__).parent / "published")
-    args = options.parse_args()
+    args = published(__doc__)
     torch.set_num_threads(1)
     model, config = GP2Vec.from_pretrained(args.model).eval(), EvaluationConfig.read("published")
     onsets = read_onsets(args.data).picked()

@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from training import begin, end, settings, write_data
+from training import begin, end, settings, write_shards
 
 from gp2vec.models.gp2vec import GP2Vec
 from gp2vec.train import train
@@ -20,10 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, whi
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "An archive, and the shards that a first run of two steps leaves."
-    folder = write_data(tmp_path_factory.mktemp("data"))
-    pid = begin(settings(folder, folder / "first", 2), folder / "log")
-    assert end(pid) == 0, (folder / "log").read_text()
-    return folder
+    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 def ran(arguments, log, status=0) -> str:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from project import few_or_many
-from training import begin, differences, end, last, rows, settings, wait_for, write_data
+from training import begin, differences, end, last, rows, settings, wait_for, write_shards
 
 from gp2vec.train import callbacks, train
 from gp2vec.train.checkpoints import Checkpoints
@@ -27,10 +27,7 @@ IMPORTS = 20  # s that a new process may take to import everything on a busy mac
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "An archive, and the shards that a first run of two steps leaves."
-    folder = write_data(tmp_path_factory.mktemp("data"))
-    pid = begin(settings(folder, folder / "first", 2), folder / "log")
-    assert end(pid) == 0, (folder / "log").read_text()
-    return folder
+    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -94,6 +94,13 @@ def end(pid: int, timeout: float = 120.0) -> int:
     raise TimeoutError(f"process {pid} took longer than {timeout} s")
 
 
+def write_shards(folder: Path) -> Path:
+    "The archive, and the shards that a first run of two steps leaves."
+    pid = begin(settings(write_data(folder), folder / "first", 2), folder / "log")
+    assert end(pid) == 0, (folder / "log").read_text()
+    return folder
+
+
 def rows(run: Path) -> list[int]:
     "Steps of which there is a row in the table of metrics."
     path = run / "metrics.csv"
