@@ -26,7 +26,7 @@ from gp2vec.data.archive import write_archive
 from gp2vec.data.embedded import SyntheticConfig, synthetic_network
 from gp2vec.models.gp2vec import PRESETS, GP2Vec
 from gp2vec.train.checkpoints import Checkpoints, export_checkpoint
-from gp2vec.train.pretraining import TrainConfig
+from gp2vec.train.pretraining import TrainConfig, strategy_of
 from gp2vec.train.train import TrainerConfig, build_trainer, compose, main, read_settings
 
 CONFIGS = LIB / "configs"
@@ -588,9 +588,21 @@ def test_a_killed_process_ends_the_other_with_a_sentence(data, tmp_path, strateg
     assert len(said.splitlines()) < 8, said
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_processes_miss_each_other_within_minutes(strategy, tmp_path):
-    "Not after the half hour that is usual, where a GPU would wait for one that is gone."
+def test_processes_that_share_no_folder_do_not_begin(data, tmp_path):
+    "Both end with 2 and say which folders they see: the run would come apart when it goes on."
+    log, asked = tmp_path / "log", settings(data, tmp_path / "run", 4)
+    pids = ranks([*asked, *TWO, f"output={tmp_path}/run-${{oc.env:RANK}}"], log)
+    assert [end(pid) for pid in pids] == [2, 2], log.read_text()[-3000:]
+    assert "see different checkpoints" in log.read_text() and "run-1/checkpoints/ (absent)" in log.read_text()
+    assert not list(tmp_path.glob("run-*/metrics.csv"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+def test_processes_miss_each_other_within_minutes(strategy, tmp_path, monkeypatch):
+    "Not after the half hour that is usual, where a GPU would wait for one that is gone; in notebooks Lightning decides."
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert strategy_of("auto", 2) == "auto" == strategy_of("auto", 1)
+    monkeypatch.delattr(sys, "ps1")
     machine = TrainerConfig(accelerator="cpu", devices=2, strategy=strategy, precision="32-true")
     made = build_trainer(TrainConfig(), machine, tmp_path, progress=False).strategy
     assert made._timeout == timedelta(minutes=10)

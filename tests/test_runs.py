@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 import pandas as pd
 import pytest
@@ -11,7 +10,6 @@ from training import begin, end, settings, write_shards
 
 from gp2vec.models.gp2vec import GP2Vec
 from gp2vec.train import train
-from gp2vec.train.pretraining import strategy_of
 from gp2vec.train.train import compose, main, read_settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
@@ -144,13 +142,3 @@ def test_numbers_from_the_environment(monkeypatch):
     monkeypatch.setenv("NNODES", "2")
     config = read_settings(compose("config", ["train.trainer.num_nodes=${oc.env:NNODES}"]))
     assert config.train.trainer.num_nodes == 2
-
-
-def test_patience(monkeypatch):
-    "Ten minutes for a process that is gone, also where nobody named a strategy; a notebook is Lightning's affair."
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    assert strategy_of("auto", 2) == "auto"
-    monkeypatch.delattr(sys, "ps1")
-    for name in ("auto", "ddp", "fsdp2"):
-        assert strategy_of(name, 2)._timeout.total_seconds() == 600
-    assert strategy_of("auto", 1) == "auto"
