@@ -599,7 +599,7 @@ def test_processes_that_share_no_folder_do_not_begin(data, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
 def test_processes_miss_each_other_within_minutes(strategy, tmp_path, monkeypatch):
-    "Not after the half hour that is usual, where a GPU would wait for one that is gone; in notebooks Lightning decides."
+    "Not after the half hour that is usual, where a GPU would wait for one that is gone; notebooks are not asked."
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     assert strategy_of("auto", 2) == "auto" == strategy_of("auto", 1)
     monkeypatch.delattr(sys, "ps1")

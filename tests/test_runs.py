@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from training import begin, end, settings, write_shards
 
 from gp2vec.models.gp2vec import GP2Vec
 from gp2vec.train import train
+from gp2vec.train.pretraining import Pretraining
 from gp2vec.train.train import compose, main, read_settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
@@ -77,6 +79,21 @@ def test_the_last_validation_is_in_the_table(data, tmp_path):
         ran(asked, log)
         table = pd.read_csv(run / "metrics.csv")
         assert table.val_loss.count() == 1 and table.val_loss.iloc[-1] > 0
+
+
+def test_a_validation_does_not_count_as_slow_training(data, tmp_path):
+    "The clock of the throughput stands still in it."
+    look = Pretraining.validation_step
+
+    def look_long(self, batch, batch_idx):
+        time.sleep(4)
+        return look(self, batch, batch_idx)
+
+    asked = settings(data, tmp_path / "run", 12, "train.validate_every=3", "train.log_every=3")
+    before = lambda: setattr(Pretraining, "validation_step", look_long)  # noqa: E731
+    assert end(begin(asked, tmp_path / "log", before)) == 0, (tmp_path / "log").read_text()[-3000:]
+    speeds = pd.read_csv(tmp_path / "run" / "metrics.csv").windows_per_second.dropna()
+    assert len(speeds) == 4 and speeds[1:].min() > 10, "3 steps of 8 windows, and 4 s of validation between"
 
 
 def test_memory_can_be_saved_half_way(data, tmp_path):
