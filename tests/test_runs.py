@@ -86,7 +86,7 @@ def test_a_validation_does_not_count_as_slow_training(data, tmp_path):
     look = Pretraining.validation_step
 
     def look_long(self, batch, batch_idx):
-        time.sleep(4)
+        time.sleep(4 * (batch_idx == 0))
         return look(self, batch, batch_idx)
 
     asked = settings(data, tmp_path / "run", 12, "train.validate_every=3", "train.log_every=3")
